@@ -1,0 +1,29 @@
+"Shapes in signatures are enforced over the whole suite; the development data are found where they lie."
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+ROOT = Path(__file__).resolve().parent.parent
+_DATA = ROOT.parent / "shared" / "data"
+if "MISSINGBOOK_DATA" not in os.environ and _DATA.is_dir():
+    os.environ["MISSINGBOOK_DATA"] = str(_DATA)
+
+# every module but those of practice, whose functions are pickled into worker processes
+_hook = install_import_hook(["missingbook.foundations"], "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    "The project's root."
+    return ROOT
+
+
+def pytest_collection_modifyitems(items):
+    "Long chapters first, so that no worker ends alone with one of them; every test has a time limit."
+    items.sort(key=lambda item: "test_chapter" not in item.nodeid)
+    for item in items:
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300))

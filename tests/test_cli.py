@@ -1,0 +1,90 @@
+"The command line on real files with holes: every cell that can be filled is, none that was there changes."
+
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from missingbook.practice.cli import app
+
+DATA = Path(os.environ.get("MISSINGBOOK_DATA", "")) / "uci"
+
+
+def command(*words):
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def as_text(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
+
+
+def compare(before: pd.DataFrame, after: pd.DataFrame) -> tuple[int, int, int]:
+    "Holes in the first, observed cells that differ in the second, holes left in the second."
+    hole = before.isin(["", "?"])
+    return int(hole.to_numpy().sum()), int(((before != after) & ~hole).to_numpy().sum()), int(after.isin(["", "?"]).to_numpy().sum())
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the development data: set MISSINGBOOK_DATA")
+@pytest.mark.parametrize(("name", "holes"), [("air_quality", 16_701), ("mushroom", 2_480)])
+def test_real_files(tmp_path, name, holes):
+    source, target = DATA / f"{name}.csv", tmp_path / "filled.csv"
+    result = command("impute", source, "-o", target, "--method", "mean")
+    assert result.exit_code == 0, result.output
+    assert compare(as_text(source), as_text(target)) == (holes, 0, 0)
+
+
+def test_compare_sees_a_changed_cell():
+    before, after = pd.DataFrame({"a": ["1.50", ""]}), pd.DataFrame({"a": ["1.5", "2.00"]})
+    assert compare(before, after) == (1, 1, 0)
+
+
+MIXED = """id,town,age,smokes,born,empty,level
+a1,Rome,31,yes,1990-02-03,,3.50
+a2,,45,no,1985-11-30,,
+a3,Oslo,?,,1970-01-01,,2.25
+a4,Rome,28,yes,,,4.00
+a5,Oslo,,no,1999-09-09,,1.75
+a6,Rome,39,NA,2001-05-06,,3.00
+"""
+
+
+@pytest.mark.parametrize("method", ["mean", "median", "knn", "ice", "mice", "missforest", "trees", "softsvd"])
+def test_every_method_on_a_mixed_table(tmp_path, method):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(MIXED)
+    result = command("impute", source, "-o", target, "--method", method)
+    assert result.exit_code == 0, result.output
+    before, after = as_text(source), as_text(target)
+    hole = before.isin(["", "?", "NA"])
+    assert (after == before)[~hole].where(~hole, True).all().all()
+    assert (after["empty"] == "").all() and after.loc[3, "born"] == ""  # nothing to learn from; a date
+    assert after.loc[1, "town"] in {"Rome", "Oslo"} and after.loc[[2, 5], "smokes"].isin(["yes", "no"]).all()
+    assert after.loc[[2, 4], "age"].str.fullmatch(r"\d+").all()  # whole numbers stay whole
+    assert after.loc[1:1, "level"].str.fullmatch(r"\d\.\d\d").all()
+    assert "no value to learn from" in result.output and "a date" in result.output
+
+
+def test_same_seed_same_file_and_draws_differ(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text(MIXED)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert command("impute", source, "-o", tmp_path / f"{name}.csv", "--method", "mice", "--n-samples", 2, "--seed", seed).exit_code == 0
+    text = {f"{n}{i}": (tmp_path / f"{n}_{i}.csv").read_text() for n in "abc" for i in (1, 2)}
+    assert text["a1"] == text["b1"] and text["a2"] == text["b2"]
+    assert text["a1"] != text["a2"] and text["a1"] != text["c1"]
+
+
+def test_nothing_to_fill(tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("a,b\n1,x\n2,y\n3,x\n")
+    result = command("impute", source, "-o", target)
+    assert result.exit_code == 0 and "nothing to fill" in result.output and target.read_text() == source.read_text()
+
+
+def test_help_answers():
+    for words in ([], ["impute"], ["run"], ["site"]):
+        result = command(*words, "--help")
+        assert result.exit_code == 0 and "--help" in result.output
+    assert "OUT.csv" in command("impute", "--help").output
