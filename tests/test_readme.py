@@ -1,0 +1,61 @@
+"What the README promises works: its example runs, its commands parse, its links and its picture exist."
+
+import base64
+import json
+import re
+import shlex
+
+import pandas as pd
+from conftest import ROOT
+from typer.testing import CliRunner
+
+import missingbook
+from missingbook.practice.cli import app
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_example_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(compile(code, "README", "exec"), names)
+    table, filled, draws = names["table"], names["filled"], names["draws"]
+    assert table.isna().to_numpy().any() and not filled.isna().to_numpy().any() and len(draws) == 5
+    seen = table.notna().to_numpy()
+    for completed in (filled, *draws):
+        assert isinstance(completed, pd.DataFrame) and (completed.to_numpy()[seen] == table.to_numpy()[seen]).all()
+
+
+def test_commands_run(tmp_path, monkeypatch):
+    "Each `missingbook impute` of the README, on a small table of that name."
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "table.csv").write_text("a,b\n1,x\n2,\n,y\n4,x\n5,y\n")
+    lines = re.findall(r"^ {4}missingbook (impute .+)$", README, re.M)
+    assert len(lines) >= 2
+    for line in lines:
+        result = CliRunner().invoke(app, [*shlex.split(line), "--force"])
+        assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^ {4}make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:.*## ", makefile, re.M), target
+
+
+def test_links_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("http") or (ROOT / link).exists(), link
+
+
+def test_named_imputers_exist():
+    names = set(re.findall(r"`(\w+Imputer)`", README))
+    assert len(names) >= 8 and names <= set(missingbook.__all__)
+
+
+def test_picture_is_the_tours_figure():
+    tour = json.loads((ROOT / "nbs" / "tour.ipynb").read_text())
+    (figure,) = [c for c in tour["cells"] if "#| label: fig-tour-digits" in "".join(c["source"])]
+    stored = [o["data"]["image/png"] for o in figure["outputs"] if "image/png" in o.get("data", {})]
+    png = "".join(stored[0])
+    assert base64.b64decode(png) == (ROOT / "nbs" / "images" / "tour-digits.png").read_bytes()
