@@ -8,6 +8,7 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
 _DATA = ROOT.parent / "shared" / "data"
+os.environ["MISSINGBOOK_OFFLINE"] = "1"  # no test downloads anything
 if "MISSINGBOOK_DATA" not in os.environ and _DATA.is_dir():
     os.environ["MISSINGBOOK_DATA"] = str(_DATA)
 

@@ -116,6 +116,7 @@ def run_chapter(
     import papermill
     from nbclient.exceptions import CellTimeoutError
 
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # the kernel's own remarks are not the chapter's
     chapter = path.relative_to(root / "nbs").with_suffix("").as_posix()
     limit, start, error = timeout or TIMEOUTS[scale], time.perf_counter(), None
     with tempfile.TemporaryDirectory() as scratch:
@@ -125,7 +126,7 @@ def run_chapter(
         try:
             papermill.execute_notebook(
                 path, executed, parameters=parameters, kernel_name="python3", cwd=root / "nbs",
-                progress_bar=progress_bar, execution_timeout=int(limit) or 1, start_timeout=120,
+                progress_bar=progress_bar, execution_timeout=int(limit) or 1, start_timeout=120, extra_arguments=quiet,
             )
             if in_place:
                 store_outputs(path, executed)
