@@ -279,8 +279,16 @@ def test_hide_complains():
     for observed in (ok[:, :2], ok.astype(int), pd.DataFrame(ok)):
         with pytest.raises((ValueError, TypeError)):
             hide(X, observed)
-    with pytest.raises(ValueError, match="2\\*\\*53"):
-        hide(np.array([[2**60 + 1, 1]]), np.array([[True, False]]))
+    for large in (2**60 + 1, 2**53 + 1, -(2**53) - 1):  # the nearest float of 2**53 + 1 is 2**53
+        with pytest.raises(ValueError, match="2\\*\\*53"):
+            hide(np.array([[large, 1]]), np.array([[True, False]]))
+    assert hide(np.array([[2**53 - 1, 1]]), np.array([[True, False]]))[0, 0] == 2**53 - 1
+
+
+@pytest.mark.skipif(not hasattr(np, "dtypes") or not hasattr(np.dtypes, "StringDType"), reason="needs NumPy 2")
+def test_hide_text_of_variable_width():
+    hidden = hide(np.array([["a"], ["b"]], dtype=np.dtypes.StringDType()), np.array([[True], [False]]))
+    assert hidden.tolist() == [["a"], [None]]  # not the word "nan"
 
 
 # ---------------------------------------------------------------- at the door
@@ -292,6 +300,9 @@ def test_hide_complains():
     (lambda X: mcar(X, 0.3, columns="nmuber"), "'nmuber'"),
     (lambda X: mcar(X, 0.3, columns=99), "99"),
     (lambda X: mcar(X, 0.3, columns=[True, False]), "True"),
+    (lambda X: mcar(X, 0.3, columns=np.array([True, False])), "True"),
+    (lambda X: mar(X, 0.3, strength="high"), "'high'"),
+    (lambda X: self_masking(X.assign(text=[[1]] * 60), 0.3), "'text'"),
     (lambda X: mar(X, 0.3, columns=list(X)), "leave at least one"),
     (lambda X: mar(X[["number"]], 0.3), "leave at least one"),
     (lambda X: mnar(X.assign(number=np.inf), 0.3), "'number'"),
@@ -316,6 +327,9 @@ def test_columns_by_name_position_and_integer_label():
     assert (~mcar(X, 1, columns=[0]).to_numpy()).all(axis=0).tolist() == [False, False, True]  # the label wins
     assert (~mcar(X, 1, columns=[1]).to_numpy()).all(axis=0).tolist() == [False, True, False]  # no label: the position
     assert mcar(X, 1, columns=[]).all(axis=None)
+    days = pd.DataFrame(np.zeros((50, 2)), columns=pd.to_datetime(["2020-01-01", "2021-01-01"]))
+    assert mcar(days, 1, columns=days.columns[1]).all(axis=0).tolist() == [True, False]  # one label, of any kind
+    assert mcar(days.set_axis([0.5, 1.5], axis=1), 1, columns=1.5).all(axis=0).tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- Little's test

@@ -66,9 +66,14 @@ def _order(column: pd.Series) -> Float[np.ndarray, "rows"]:
     if isinstance(column.dtype, pd.CategoricalDtype):
         return column.cat.codes.to_numpy().astype(float)
     try:
-        levels = sorted(set(column))
+        distinct = set(column)
+    except TypeError:
+        raise TypeError(f"column {column.name!r} holds values without a hash, such as lists, which have no levels: "
+                        "turn them into strings or tuples, or drop the column.") from None
+    try:
+        levels = sorted(distinct)
     except TypeError:  # values that do not compare, such as 1 and "a"
-        levels = sorted(set(column), key=lambda value: (type(value).__name__, str(value)))
+        levels = sorted(distinct, key=lambda value: (type(value).__name__, str(value)))
     position = {level: float(place) for place, level in enumerate(levels)}
     return np.array([position[value] for value in column], dtype=float)
 
@@ -115,11 +120,12 @@ def _positions(frame: pd.DataFrame, columns: Any) -> list[int]:
     """
     if columns is None:
         return list(range(frame.shape[1]))
-    single = isinstance(columns, str | int | np.integer)
+    single = pd.api.types.is_scalar(columns)
     found, labels = [], list(frame.columns)
     for wanted in [columns] if single else list(columns):
-        flag = isinstance(wanted, bool)  # True == 1, yet a list of booleans is no list of positions
-        named = [place for place, label in enumerate(labels) if isinstance(label, bool) == flag and label == wanted]
+        flag = isinstance(wanted, bool | np.bool_)  # True == 1, yet booleans are no positions
+        named = [place for place, label in enumerate(labels)
+                 if isinstance(label, bool | np.bool_) == flag and label == wanted]
         is_place = isinstance(wanted, int | np.integer) and not flag
         if not named and not (is_place and 0 <= wanted < len(labels)):
             raise ValueError(f"columns names {wanted!r}, which X does not have. Its columns are: "
@@ -135,8 +141,8 @@ def _hidden_columns(frame: pd.DataFrame, mechanism: str, columns: Any) -> list[i
     else:
         positions = list(range(_kept(frame.shape[1]), frame.shape[1]))
     if mechanism in ("mar", "emflow") and len(positions) == frame.shape[1]:
-        raise ValueError(f"MAR looks at columns that get no holes, but all {frame.shape[1]} columns of X are to get "
-                         "some: leave at least one out of `columns`, or use mcar or mnar.")
+        raise ValueError(f"MAR looks at columns that get no holes, but every column of X ({frame.shape[1]} in all) is "
+                         "to get some: leave at least one out of `columns`, or use mcar or mnar.")
     return positions
 
 # %% ../../nbs/01_foundations/02_mechanisms.ipynb #6d91c60c
@@ -213,8 +219,8 @@ def missing_probabilities(
     frame = _as_frame(X)
     if mechanism not in _SCORES:
         raise ValueError(f"mechanism must be one of {', '.join(_SCORES)}, not {mechanism!r}.")
-    if not np.isfinite(strength):
-        raise ValueError(f"strength must be a finite number, not {strength}.")
+    if not isinstance(strength, int | float | np.number) or not np.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, not {strength!r}.")
     rate = None if rate is None and mechanism == "emflow" else _checked_rate(rate)
     hidden, present = _hidden_columns(frame, mechanism, columns), _present(frame)
     score = float(strength) * _SCORES[mechanism](frame, hidden)
@@ -354,11 +360,11 @@ def _hide_array(X: np.ndarray, observed: Bool[np.ndarray, "rows features"]) -> n
     if observed.all():
         return X.copy()
     if kind in "iub":
-        exact = X.astype(np.float64)
-        if kind != "b" and (np.abs(exact) > 2**53).any():
-            raise ValueError("X holds integers beyond 2**53, which floats with NaN would change: pass a DataFrame.")
-        X = exact
-    elif kind in "US":
+        floats = X.astype(np.float64)
+        if (np.abs(floats[observed]) >= 2**53).any():  # from here on neighbouring integers share a float
+            raise ValueError("X holds integers of 2**53 or more, which floats may change: pass a DataFrame.")
+        X = floats
+    elif kind in "UST":  # fixed-width text, bytes, NumPy's variable-width strings
         X = X.astype(object)
     fill = {"m": np.timedelta64("NaT"), "M": np.datetime64("NaT"), "O": None}.get(X.dtype.kind, np.nan)
     hidden = X.copy()
@@ -405,12 +411,12 @@ def _patterns(x: Float[np.ndarray, "rows features"], observed: Bool[np.ndarray, 
     "Group rows by pattern; rows without a single value are left out."
     some = observed.any(axis=1)
     x, observed = np.where(observed, x, 0.0)[some], observed[some]
-    patterns, member = np.unique(observed, axis=0, return_inverse=True)
-    groups = [x[member.ravel() == place] for place in range(len(patterns))]
+    patterns, member, counts = np.unique(observed, axis=0, return_inverse=True, return_counts=True)
+    groups = np.split(x[np.argsort(member.ravel(), kind="stable")], np.cumsum(counts)[:-1])
     means = np.array([group.mean(axis=0) for group in groups])
     gaps = [group - mean for group, mean in zip(groups, means, strict=True)]
     scatters = np.array([gap.T @ gap for gap in gaps])
-    return _Patterns(patterns.astype(float), np.array([float(len(group)) for group in groups]), means, scatters)
+    return _Patterns(patterns.astype(float), counts.astype(float), means, scatters)
 
 
 def _precisions(
@@ -470,7 +476,7 @@ def _gaussian_em(
 # %% ../../nbs/01_foundations/02_mechanisms.ipynb #3ebc64b2
 @dataclass(frozen=True)
 class LittleTest:
-    "Little's test: the statistic, its degrees of freedom, the p-value (NaN for a single pattern), the pattern count."
+    "Little's test: the statistic, its degrees of freedom, the p-value (NaN where dof is 0), the number of patterns."
 
     statistic: float
     dof: int

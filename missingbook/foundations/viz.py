@@ -23,14 +23,15 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #10dee543
 COLOURS: dict[str, str] = {
     "truth": "#0072B2",  # blue
     "observed": "#009E73",  # bluish green
-    "missing": "#CC79A7",  # reddish purple: rare in photographs, absent from grey digits
-    "imputed": "#D55E00",  # vermilion: farthest from the truth's blue, for the two are drawn over each other
+    "missing": "#D55E00",  # vermilion: far from every grey for every eye, for it is painted among greys
+    "imputed": "#CC79A7",  # reddish purple
 }
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #dab3454f
@@ -44,22 +45,37 @@ Pictures = Float[Tensor, "n channels height width"] | UInt8[Tensor, "n channels 
 PictureMask = Bool[Tensor, "n height width"] | Bool[Tensor, "n channels height width"]
 
 
-def _unit_pictures(x: Tensor, name: str) -> Float[Tensor, "n channels height width"]:
-    "Grey or colour pictures as float32 on the CPU; raises ValueError for NaN or another number of channels."
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
+def _check_floats(x: Tensor, name: str, shape: tuple | None = None) -> None:
+    "Raise TypeError for integers, which would wrap around or be clamped, and ValueError for another shape."
+    if not x.is_floating_point():
+        raise TypeError(f"{name} is {x.dtype}: pass floats in [0, 1], such as {name}.float() / 255.")
+    if shape is not None and tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, but has {tuple(x.shape)}.")
+
+
+def _check_observed(observed: Tensor, x: Tensor) -> None:
+    "Raise ValueError unless `observed` says something about every pixel of the pictures x."
+    pixels = (x.shape[0], *x.shape[2:])
+    if tuple(observed.shape) != pixels:
+        raise ValueError(f"observed must have shape {pixels}, one value a pixel, but has {tuple(observed.shape)}.")
+
+# %% ../../nbs/01_foundations/04_viz.ipynb #1cc60117
+def _unit_pictures(x: Tensor, name: str, slack: float = 1e-4) -> Float[Tensor, "n channels height width"]:
+    """Grey or colour pictures as float32 on the CPU.
+
+    Raises ValueError for no picture, another number of channels, NaN, or values more than slack outside [0, 1].
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or x.numel() == 0:
         raise ValueError(f"{name} must have shape (n, 1 or 3, height, width), but has {tuple(x.shape)}.")
     x = x.detach().cpu()
     x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity: pass finite values and say what was seen in `observed`.")
-    return x
-
-
-def _check_range(x: Tensor, name: str) -> None:
-    "Raise ValueError unless pictures lie in [0, 1], a rounding error allowed."
+        remedy = "pass truth=None where nobody knows it" if name == "truth" else "pass completed pictures"
+        raise ValueError(f"{name} holds NaN or infinity: {remedy}, finite values everywhere else.")
     low, high = x.min().item(), x.max().item()
-    if low < -1e-4 or high > 1 + 1e-4:
+    if low < -slack or high > 1 + slack:
         raise ValueError(f"{name} runs from {low:.3g} to {high:.3g}: scale it to [0, 1] or pass uint8.")
+    return x
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #bff511a1
 def paint_missing(
@@ -68,7 +84,10 @@ def paint_missing(
     """Pictures in colour with every missing pixel in `COLOURS["missing"]`.
 
     x: grey (1 channel) or colour (3), 0 to 1. What x holds where `observed` is False has no influence.
+    Raises TypeError for integers, ValueError where the shapes disagree.
     """
+    _check_floats(x, "x")
+    _check_observed(observed, x)
     rgb = x.expand(-1, 3, -1, -1).clamp(0, 1)
     paint = torch.tensor(to_rgb(COLOURS["missing"]), dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
     return torch.where(observed[:, None], rgb, paint)
@@ -80,7 +99,10 @@ def signed_error(
     """imputed − truth of each pixel: positive where the imputation is too bright.
 
     In colour the mean over channels could cancel, so the root mean square over the channels is given, never negative.
+    Raises TypeError for integers (whose differences wrap around), ValueError where the shapes disagree.
     """
+    _check_floats(truth, "truth")
+    _check_floats(imputed, "imputed", truth.shape)
     error = imputed - truth
     return error[:, 0] if error.shape[1] == 1 else error.square().mean(1).sqrt()
 
@@ -88,7 +110,7 @@ def signed_error(
 def _grid_rows(
     truth: Tensor | None, observed: Tensor, imputed: Tensor, draws: Tensor | None, n_draws: int
 ) -> list[tuple[str, Tensor, tuple | None]]:
-    "Rows of `image_grid`: (label, pictures, None or (colour map, low, high, what the colour bar shows))."
+    "Rows of `image_grid`: (label, pictures, None or (colour map, low, high, what the bar shows, its open end))."
     rows: list[tuple[str, Tensor, tuple | None]] = []
     if truth is not None:
         rows.append(("truth", truth, None))
@@ -98,10 +120,10 @@ def _grid_rows(
     if draws is not None:
         rows += [(f"draw {i + 1}", draws[i], None) for i in range(min(n_draws, len(draws)))]
         spread = draws.var(0, correction=0).mean(1).sqrt()
-        rows.append(("spread", spread, ("cividis", 0.0, 0.5, "sd")))  # values in [0, 1] have an sd of at most 1/2
+        rows.append(("spread", spread, ("cividis", 0.0, 0.5, "sd", "neither")))  # in [0, 1] an sd is at most 1/2
     if truth is not None:
-        signed = truth.shape[1] == 1
-        scale = ("RdBu_r", -1.0, 1.0, "imp. − truth") if signed else ("cividis", 0.0, 1.0, "rms error")
+        scale = ("RdBu_r", -1.0, 1.0, "imputed\n− truth", "neither")
+        scale = scale if truth.shape[1] == 1 else ("cividis", 0.0, 0.5, "rms", "max")
         rows.append(("error", signed_error(truth, imputed), scale))
     return rows
 
@@ -118,12 +140,36 @@ def _draw_row(fig: Figure, axes: np.ndarray, label: str, pictures: Tensor, scale
     axes[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
     if scale is not None:
         ticks = [scale[1], (scale[1] + scale[2]) / 2, scale[2]]
-        bar = fig.colorbar(shown, ax=list(axes), ticks=ticks, pad=0.01, shrink=0.8, format="%.3g")
+        bar = fig.colorbar(shown, ax=list(axes), pad=0.01, shrink=0.8, extend=scale[4])
+        bar.set_ticks(ticks, labels=[f"{tick:g}".replace("-", "−") for tick in ticks])
         bar.outline.set_visible(False)
-        bar.ax.tick_params(length=0, labelsize=8)
-        bar.set_label(scale[3], fontsize=8)
+        bar.ax.tick_params(length=0)
+        bar.set_label(scale[3], fontsize=plt.rcParams["ytick.labelsize"])
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #5dd3e9c9
+def _grid_input(
+    truth: Tensor | None, observed: Tensor, imputed: Tensor, draws: Tensor | None, n: int
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+    "The first n of all that `image_grid` was given, checked as a whole: one shape, and seen values that were kept."
+    if n < 1:
+        raise ValueError(f"n={n}: a grid shows at least one example.")
+    imputed = _unit_pictures(imputed, "imputed", slack=0.5)  # a model may overshoot a little, but not by 255
+    observed = (observed.all(1) if observed.shape == imputed.shape else observed).cpu()
+    _check_observed(observed, imputed)
+    if truth is not None:
+        truth = _unit_pictures(truth, "truth")
+        _check_floats(truth, "truth", imputed.shape)
+        off = (imputed - truth).abs().amax(1)[observed]
+        if off.numel() and off.max() > 0.01:
+            remedy = "put the seen values back, as in torch.where(observed[:, None], truth, imputed)"
+            raise ValueError(f"imputed differs from truth by up to {off.max():.3g} where `observed` is True: {remedy}.")
+    if draws is not None:
+        if draws.ndim != 5 or draws.shape[1:] != imputed.shape:
+            raise ValueError(f"draws must have shape (k, *{tuple(imputed.shape)}), but has {tuple(draws.shape)}.")
+        draws = _unit_pictures(draws.flatten(0, 1), "draws", slack=0.5).unflatten(0, draws.shape[:2])[:, :n]
+    return None if truth is None else truth[:n], observed[:n], imputed[:n], draws
+
+# %% ../../nbs/01_foundations/04_viz.ipynb #632780a3
 def image_grid(
     truth: Pictures | None,
     observed: PictureMask,
@@ -134,18 +180,13 @@ def image_grid(
 ) -> Figure:
     """The book's picture of an imputation: rows truth, seen, imputed, error; one column for each of n examples.
 
-    truth: (n, 1 or 3, h, w), float in [0, 1] or uint8; None where nobody knows it (rows truth and error fall away).
+    truth: (n, 1 or 3, h, w), float in [0, 1] or uint8; None where nobody knows it. Rows truth and error fall away then,
+    and `imputed` must hold the seen values where `observed` is True: the row seen is taken from it, unchecked.
     draws: several completions (k, n, channels, h, w); the first n_draws and the standard deviation over all k stand
-    between imputed and error. Scales are fixed (error −1 to 1 in grey, 0 to 1 in colour; spread 0 to 0.5), so that
-    figures can be compared. Raises ValueError for another shape, NaN, or a truth outside its range.
+    between imputed and error. Scales are fixed (error −1 to 1 in grey, 0 to 0.5 and beyond in colour; spread 0 to 0.5).
+    Raises ValueError for shapes that disagree, NaN, a wrong range, seen values that `imputed` changed, n < 1.
     """
-    imputed = _unit_pictures(imputed, "imputed")[:n]
-    if truth is not None:
-        truth = _unit_pictures(truth, "truth")[:n]
-        _check_range(truth, "truth")
-    if draws is not None:
-        draws = torch.stack([_unit_pictures(draw, "draws")[:n] for draw in draws])
-    observed = (observed.all(1) if observed.ndim == 4 else observed).cpu()[:n]
+    truth, observed, imputed, draws = _grid_input(truth, observed, imputed, draws, n)
     rows, (count, _, height, width) = _grid_rows(truth, observed, imputed, draws, n_draws), imputed.shape
     cell = min(0.95, 6.2 / count, 5.6 / len(rows) * width / height)  # inches
     size = (1.3 + cell * count, 0.15 + cell * height / width * len(rows))
@@ -155,50 +196,65 @@ def image_grid(
         _draw_row(fig, line, label, pictures, scale)
     return fig
 
-# %% ../../nbs/01_foundations/04_viz.ipynb #32e77590
+# %% ../../nbs/01_foundations/04_viz.ipynb #a22048e1
 def _hole_colours() -> LinearSegmentedColormap:
     "From a pale tint of the observed colour (nothing missing) to the full missing colour (all missing)."
-    tint = 1 - 0.22 * (1 - np.array(to_rgb(COLOURS["observed"])))
+    tint = 1 - 0.15 * (1 - np.array(to_rgb(COLOURS["observed"])))
     return LinearSegmentedColormap.from_list("holes", [tuple(tint), COLOURS["missing"]])
+
+
+def _percent(rate: float) -> str:
+    "A rate in whole per cent; neither a single hole nor a single value is rounded away."
+    return "<1" if 0 < rate < 0.01 else ">99" if 0.99 < rate < 1 else f"{100 * rate:.0f}"
 
 
 def _label_columns(ax: Axes, names: list[str], rates: np.ndarray, max_labels: int) -> None:
     "Column names below and their missing rates above; every k-th one where there are too many to read."
     step = -(-len(names) // max_labels)
     places = range(0, len(names), step)
-    ax.set_xticks(places, [names[i] for i in places], rotation=90 if len(names) > 8 else 0, fontsize=8)
+    shown = [names[i] if len(names[i]) <= 24 else names[i][:23] + "…" for i in places]
+    turn = 90 if len(shown) * max(map(len, shown)) > 60 else 0  # about sixty letters fit side by side
+    ax.set_xticks(places, shown, rotation=turn, parse_math=False)  # a $ in a name is a letter
     above = ax.secondary_xaxis("top")
-    above.set_xticks(places, [f"{100 * rates[i]:.0f}" for i in places], fontsize=8)
-    above.set_xlabel("% missing in the column", fontsize=9)
+    above.set_xticks(places, [_percent(rates[i]) for i in places], rotation=90 if len(shown) > 20 else 0)
+    above.set_xlabel("% missing in the column")
     above.tick_params(length=0)
     above.spines[:].set_visible(False)
 
-# %% ../../nbs/01_foundations/04_viz.ipynb #a22048e1
-def _missing_share(table: pd.DataFrame | np.ndarray, max_rows: int) -> tuple[pd.DataFrame, np.ndarray]:
+# %% ../../nbs/01_foundations/04_viz.ipynb #051d99b5
+def _missing_share(
+    table: pd.DataFrame | np.ndarray, max_rows: int, observed: bool = False
+) -> tuple[pd.DataFrame, np.ndarray]:
     "Which cells are missing (a bool table), and the share missing in each band of rows (bands, columns)."
     frame = pd.DataFrame(table)
     if frame.empty:
         raise ValueError(f"the table has {frame.shape[0]} rows and {frame.shape[1]} columns: nothing to draw.")
-    # A bool table is `observed`; a nullable boolean column is data, and may itself have holes.
-    missing = ~frame if all(kind == np.dtype(bool) for kind in frame.dtypes) else frame.isna()
+    if observed and not all(kind == np.dtype(bool) for kind in frame.dtypes):
+        raise ValueError(f"observed=True needs a table of bool, but has {set(map(str, frame.dtypes))}.")
+    missing = ~frame if observed else frame.isna()
     bands = np.array_split(missing.to_numpy(), min(max_rows, len(missing)))
     return missing, np.stack([band.mean(0) for band in bands])
 
 
-def missing_map(table: pd.DataFrame | np.ndarray, max_rows: int = 200, max_labels: int = 40) -> Figure:
+def missing_map(
+    table: pd.DataFrame | np.ndarray, max_rows: int = 200, max_labels: int = 40, *, observed: bool = False
+) -> Figure:
     """A picture of where a table has holes: rows down, columns across, missing cells in `COLOURS["missing"]`.
 
-    table: data with NaN (None, NaT, pd.NA) in its holes, or a bool table `observed`, True where a cell was seen.
-    Beyond max_rows, neighbouring rows share a band whose depth of colour is the share missing. The column's missing
-    rate stands above it. Raises ValueError for a table without rows or columns.
+    table: data with NaN (None, NaT, pd.NA) in its holes; with observed=True a bool table, True where a cell was seen.
+    Beyond max_rows, neighbouring rows share a band whose depth of colour is the share missing, at least 0.2 where
+    there is a hole. The column's missing rate stands above it. Raises ValueError for a table without rows or columns,
+    and for observed=True with anything but bool.
     """
-    missing, share = _missing_share(table, max_rows)
+    missing, share = _missing_share(table, max_rows, observed)
+    share = np.where(share > 0, np.maximum(share, 0.2), 0.0)  # a paler band would not be seen
     count, columns = missing.shape
     fig, ax = plt.subplots(figsize=(7.5, 3.9), layout="constrained")
     extent = (-0.5, columns - 0.5, count, 0)
     shown = ax.imshow(share, cmap=_hole_colours(), vmin=0, vmax=1, aspect="auto", extent=extent)
     _label_columns(ax, [str(name) for name in missing.columns], missing.to_numpy().mean(0), max_labels)
     ax.set_ylabel("row")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar = fig.colorbar(shown, ax=ax, ticks=[0, 0.5, 1], label="share missing", pad=0.01, aspect=30)
     bar.outline.set_visible(False)
     return fig
@@ -301,6 +357,8 @@ Scores = pd.DataFrame | pd.Series | Mapping[Hashable, float | int | Sequence[flo
 
 def _pair(key: Hashable, score: float | int | Sequence[float | int], runs: bool) -> tuple[float, float]:
     "(value, sd) of one score: a number, several runs, or (where `runs` is False) a value with its sd."
+    if runs and isinstance(score, tuple):
+        raise ValueError(f"{key!r} is a tuple: give runs as a list, mean and sd as a table with columns value and std.")
     parts = np.atleast_1d(np.asarray(score, dtype=float))
     if parts.size == 0 or (not runs and parts.size > 2):
         remedy = "one run or more" if runs else "a value or (value, sd)"
@@ -315,6 +373,8 @@ def _mean_and_sd(scores: Scores, runs: bool) -> pd.DataFrame:
     if isinstance(scores, pd.DataFrame):
         if "value" not in scores:
             raise ValueError(f"a table of scores needs a column 'value'; it has {list(scores.columns)}.")
+        if unknown := [name for name in scores if name not in ("value", "std")]:
+            raise ValueError(f"a table of scores has the columns value and std; remove or rename {unknown}.")
         frame = scores.reindex(columns=["value", "std"]).astype(float)
     else:
         pairs = [_pair(key, score, runs) for key, score in scores.items()]
@@ -322,6 +382,9 @@ def _mean_and_sd(scores: Scores, runs: bool) -> pd.DataFrame:
         frame = pd.DataFrame(pairs, index=index, columns=["value", "std"], dtype=float)
     if frame.index.has_duplicates:
         raise ValueError(f"{frame.index[frame.index.duplicated()][0]!r} appears twice: keys must be unique.")
+    wrong = np.isinf(frame).any(axis=1) | (frame["std"] < 0)
+    if wrong.any():
+        raise ValueError(f"{frame.index[wrong][0]!r} has an infinite number or a negative sd; NaN means unknown.")
     return frame
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #3428a99d
@@ -332,30 +395,37 @@ def _as_text(table: pd.DataFrame, digits: int) -> pd.DataFrame:
         shown = "–" if pd.isna(value) else f"{value:.{digits}f}"
         return shown if pd.isna(value) or pd.isna(sd) else f"{shown} ± {sd:.{digits}f}"
 
+    def signed(value: float) -> str:
+        shown = f"{value:+.{digits}f}"
+        return "–" if pd.isna(value) else shown.replace("-", "−") if float(shown) else shown[1:]
+
     columns = {
         "ours": [pair(*row) for row in zip(table["ours"], table["ours_sd"])],
         "published": [pair(*row) for row in zip(table["published"], table["published_sd"])],
-        "difference": ["–" if pd.isna(d) else f"{d:+.{digits}f}".replace("-", "−") for d in table["difference"]],
+        "difference": [signed(value) for value in table["difference"]],
         "within 2 sd": ["unknown" if pd.isna(flag) else "yes" if flag else "no" for flag in table["within_2sd"]],
     }
     return pd.DataFrame(columns, index=table.index)
 
 # %% ../../nbs/01_foundations/04_viz.ipynb #59bdcea9
-def comparison_table(ours: Scores, published: Scores, *, text: bool = False, digits: int = 3) -> pd.DataFrame:
+def comparison_table(
+    ours: Scores, published: Scores, *, text: bool = False, digits: int = 3, rounding: float | int = 0.0005
+) -> pd.DataFrame:
     """Our mean ± sd beside the published value ± sd, the signed difference, and whether it is within two sd.
 
-    ours: key → one number or one per run (their mean and sample sd), or a table with columns value and, if known, std.
-    published: key → number or (value, sd), or such a table. The bound is 2·√(sd² + sd²) with an unknown sd counted as
-    0; <NA> where neither is known or a side is missing. Keys of both sides stay: no bad row drops out.
-    text: strings to be shown rather than numbers. Raises ValueError for twofold keys or a table without 'value'.
+    ours: key → one number or a list of runs (their mean and sample sd), or a table with columns value and std.
+    published: key → number or (value, sd), or such a table. The bound is 2·√(sd² + sd²) + rounding (half a unit of the
+    last printed digit); <NA> unless both sd are known. Keys of both sides stay: no bad row drops out.
+    text: strings to be shown rather than numbers. Raises ValueError for twofold keys, a tuple in `ours`, an infinite
+    number, a negative sd, or a table with other columns.
     """
     left, right = _mean_and_sd(ours, runs=True), _mean_and_sd(published, runs=False)
     index = right.index.append(left.index.difference(right.index, sort=False))
     left, right = left.reindex(index), right.reindex(index)
-    bound = 2 * np.sqrt(left["std"].fillna(0) ** 2 + right["std"].fillna(0) ** 2)
+    bound = 2 * np.hypot(left["std"], right["std"]) + rounding + 1e-12  # the last for 0.1 + 0.2 and its kind
     difference = left["value"] - right["value"]
     within = (difference.abs() <= bound).astype("boolean")
-    within[difference.isna() | (left["std"].isna() & right["std"].isna())] = pd.NA
+    within[difference.isna() | bound.isna()] = pd.NA
     columns = {"ours": left["value"], "ours_sd": left["std"], "published": right["value"], "published_sd": right["std"]}
     table = pd.DataFrame(columns | {"difference": difference, "within_2sd": within})
     return _as_text(table, digits) if text else table

@@ -65,8 +65,8 @@ def write_filled(text: "pd.DataFrame", typed: "pd.DataFrame", filled: "pd.DataFr
     return out
 
 # %% ../../nbs/06_practice/03_cli.ipynb #a7f16340
-MAX_FIT_ROWS = 5_000
-MAX_FIT_CELLS = 100_000  # wide tables are fitted on fewer rows
+MAX_FIT_ROWS = 3_000
+MAX_FIT_CELLS = 60_000  # wide tables are fitted on fewer rows
 
 
 @dataclass

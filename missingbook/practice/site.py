@@ -150,18 +150,17 @@ def to_html(texts: list[str], bibliography: Path | None = None) -> list[str]:
     return pypandoc.convert_text(whole, "html", "markdown", extra_args=options).split(_SEPARATOR)
 
 # %% ../../nbs/06_practice/02_site.ipynb #61a0c789
-def _figure(output: dict, options: dict, page: Page) -> dict:
-    "The display output of a labelled cell, as a figure with caption and alternative text."
+def _figure(output: dict, options: dict, page: Page, caption: str) -> dict:
+    "The display output of a labelled cell, as a figure with its caption (HTML) and alternative text."
     data, label = output["data"], options["label"]
     alt = html.escape(str(options.get("fig-alt", "")), quote=True)
     inner = data.get("text/html") or f'<img alt="{alt}" src="data:image/png;base64,{data.get("image/png", "").strip()}">'
-    caption = options.get("fig-cap", options.get("tbl-cap", ""))
-    text = to_html([str(caption)])[0].strip().removeprefix("<p>").removesuffix("</p>")
+    text = caption.strip().removeprefix("<p>").removesuffix("</p>")
     figure = f'<figure id="{label}">{inner}<figcaption>{page.labels[label]}: {text}</figcaption></figure>'
     return {**output, "data": {"text/html": figure}, "metadata": {}}
 
 
-def _code_cells(cell: dict, page: Page) -> list[dict]:
+def _code_cells(cell: dict, page: Page, caption: str = "") -> list[dict]:
     "A code cell as the page shows it, with what its options ask for; none where it shows nothing."
     import nbformat
 
@@ -170,8 +169,8 @@ def _code_cells(cell: dict, page: Page) -> list[dict]:
     if options.get("include") is False or not source:
         return []
     shown = nbformat.from_dict({**cell, "source": source, "metadata": {}})
-    if options.get("label", "").startswith(("fig-", "tbl-")):
-        shown.outputs = [_figure(o, options, page) if "data" in o else o for o in cell["outputs"]]
+    if options.get("label") in page.labels:
+        shown.outputs = [_figure(o, options, page, caption) if "data" in o else o for o in cell["outputs"]]
     if options.get("output") is False:
         shown.outputs = []
     if options.get("echo") is False:
@@ -210,20 +209,27 @@ def page_body(page: Page, where: dict[str, tuple[str, str]], root: str, bibliogr
     import nbformat
     from nbconvert import HTMLExporter
 
-    texts = [_markdown(c["source"], page, where, root) for c in page.nb["cells"] if c["cell_type"] == "markdown"]
-    *written, works = to_html(texts, bibliography)
-    queue, cells = iter(written), []
-    for cell in page.nb["cells"]:
+    def text(cell: dict) -> str:
+        "What of a cell is Markdown: all of its prose, or its caption."
         if cell["cell_type"] == "markdown":
-            cells.append(nbformat.v4.new_raw_cell(next(queue)))
+            return cell["source"]
+        options = cell_options(cell["source"])[0] if cell["cell_type"] == "code" else {}
+        return str(options.get("fig-cap", options.get("tbl-cap", "")))
+
+    cells = []
+    *written, works = to_html([_markdown(text(c), page, where, root) for c in page.nb["cells"]], bibliography)
+    for number, (cell, prose) in enumerate(zip(page.nb["cells"], written, strict=True)):
+        if cell["cell_type"] == "markdown":
+            cells.append(nbformat.v4.new_raw_cell(f"<!-- prose {number} -->"))
         elif cell["cell_type"] == "code":
-            cells += _code_cells(cell, page)
-    if "csl-entry" in works:
-        cells.append(nbformat.v4.new_raw_cell("<h2>References</h2>" + works))
+            cells += _code_cells(cell, page, prose)
     nb = nbformat.v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python", "pygments_lexer": "python3"}})
     exporter = HTMLExporter(template_name="basic")
-    exporter.register_filter("clean_html", lambda text: text)  # the book's own pages: MathML must pass
-    return exporter.from_notebook_node(nb)[0]
+    exporter.register_filter("clean_html", lambda text: text)  # the book's own pages: placeholders must pass
+    body = exporter.from_notebook_node(nb)[0]
+    # prose comes in last: nbconvert parses all HTML once more, which is slow and of no use for finished mathematics
+    body = re.sub(r"<!-- prose (\d+) -->", lambda m: written[int(m[1])], body)
+    return body + ("<h2>References</h2>" + works if "csl-entry" in works else "")
 
 
 def _style(folder: Path) -> str:
