@@ -6,6 +6,8 @@ function; the mutation tests run it on a broken one and expect the failure.
 
 import inspect
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -347,6 +349,51 @@ def test_refused_with_value_and_remedy(name):
 def test_integer_masks_are_refused():
     with pytest.raises(TypeError):
         masking_operator(torch.ones(3), torch.ones(3, dtype=torch.uint8))
+
+
+UNTYPED = """
+import torch
+from missingbook.foundations.masks import co_observation, line_observed, masking_operator, square_observed
+
+x, shape = torch.ones(1, 5, 5), (1, 5, 5)
+for call, words in (
+    (lambda: square_observed(shape, 2.5), "side=2.5 does not fit"),
+    (lambda: line_observed(shape, 2.5), "thickness=2.5 does not fit"),
+    (lambda: masking_operator(x, torch.ones(4, 5, 5) > 0), "does not fit x"),
+    (lambda: masking_operator(x, torch.ones(1, 4, 5)), "does not fit x"),
+    (lambda: co_observation(torch.ones(3, 3) > 0), "boolean"),
+    (lambda: co_observation(torch.ones(1, 3, 3)), "boolean"),
+):
+    try:
+        call()
+    except ValueError as error:
+        assert words in str(error), error
+    else:
+        raise AssertionError(words)
+"""
+
+
+def test_the_doors_hold_without_a_type_checker(root):
+    "A user's process checks no annotations: half a pixel, or a mask larger than x, must still be refused."
+    result = subprocess.run([sys.executable, "-c", UNTYPED], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("part", FACE_PARTS)
+@pytest.mark.parametrize("side", [1, 2, 3, 5])
+def test_face_parts_hide_something_however_small(part, side):
+    assert not face_part_hidden((1, side, side), part).all()
+
+
+def test_a_whole_data_set_of_pattern_masks():
+    "No fixed number of rounds: CelebA needs 160 000 masks, more than 400 rounds of 1024 proposals give at 1 in 8."
+    one_in_eight = lambda candidates: torch.arange(len(candidates)) % 8 == 0  # noqa: E731
+    made = masks._draw_until(160_000, lambda count: torch.ones(count, 1, 1) > 0, one_in_eight)
+    assert len(made) == 160_000
+
+
+def test_a_picture_with_more_sizes_than_multinomial_takes():
+    rectangle_is_hidden(rectangle_hidden, (1, 4100, 4100), 0.25, 0)
 
 
 def test_a_pattern_that_is_never_accepted_says_so():
