@@ -429,6 +429,22 @@ def test_max_fit_rows_n_jobs_and_progress(capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("name", CLASSICS)
+def test_no_rows_to_fill(name):
+    _, holes, _ = numbers()
+    imputer = make(name).fit(holes[:60])
+    assert imputer.transform(holes[:0]).shape == (0, 10)
+    if name in DRAWING:
+        assert imputer.sample(holes[:0], 2).shape == (2, 0, 10)
+
+
+@pytest.mark.parametrize(("name", "count"), [("knn", "n_neighbors"), ("softsvd", "n_strengths"), ("mice", "n_chains"),
+                                             ("trees", "n_estimators"), ("softsvd", "max_steps")])
+def test_a_count_below_one_is_an_error(name, count):
+    with pytest.raises(ValueError, match=f"{count}=0: it must be at least 1"):
+        make(name).set_params(**{count: 0}).fit(np.array([[1.0, np.nan], [2.0, 3.0]]))
+
+
 @pytest.mark.parametrize("name", ["ice", "mice", "trees", "missforest"])
 def test_no_round_is_an_error(name):
     with pytest.raises(ValueError, match="max_rounds=0"):

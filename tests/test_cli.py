@@ -88,3 +88,47 @@ def test_help_answers():
         result = command(*words, "--help")
         assert result.exit_code == 0 and "--help" in result.output
     assert "OUT.csv" in command("impute", "--help").output
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2,9\n3,,8\n4,5\n", "line 2: 3 cells where the header has 2"),
+        ("a;b\n1,5;2\n;3\n", "cells where the header has 1"),
+        ("a;b\n1;2\n;3\n", "separated by ';'"),
+        ("a\tb\n1\t\n", "separated by"),
+        ("a,b\n", "no rows"),
+        ("", "is empty"),
+        ('a,b\n1,"x\n2,y\n', "in.csv"),
+        (b"a,b\n\xe9,1\n", "not UTF-8"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, content, message):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_bytes(content if isinstance(content, bytes) else content.encode())
+    result = command("impute", source, "-o", target, "--method", "mean")
+    assert result.exit_code == 1 and message in result.output and "Traceback" not in result.output
+    assert not target.exists() and [p.name for p in tmp_path.iterdir()] == ["in.csv"]
+
+
+@pytest.mark.parametrize(
+    ("content", "filled"),
+    [
+        ("a,a,b\n1,2,3\n,4,5\n3,6,7\n", "a,a,b\n1,2,3\n2,4,5\n3,6,7\n"),  # like names stay as they are
+        (",x\n0,1\n1,\n2,3\n", ",x\n0,1\n1,2\n2,3\n"),  # a column without a name, as pandas writes its index
+        ("x\n1\n\n3\n", "x\n1\n2\n3\n"),  # in one column a blank line is the missing cell
+        ("code,x\n007,1.50\n012,\n031,2.50\n", "code,x\n007,1.50\n012,2.00\n031,2.50\n"),
+    ],
+)
+def test_spelling_is_kept(tmp_path, content, filled):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(content)
+    assert command("impute", source, "-o", target, "--method", "mean").exit_code == 0
+    assert target.read_text() == filled
+
+
+def test_a_code_with_leading_zeros_is_no_quantity(tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("zip,x\n01234,1\n02139,2\n,3\n01234,4\n")
+    assert command("impute", source, "-o", target, "--method", "mean").exit_code == 0
+    assert as_text(target).loc[2, "zip"] in {"01234", "02139"}

@@ -26,6 +26,8 @@ from missingbook.foundations.data import (
     infer_kinds,
     load,
     photo_patches,
+    published,
+    results_folder,
 )
 
 BUNDLED = ("iris", "wine", "breast_cancer", "diabetes", "digits", "digits-images", "mnist-sample", "photo-patches")
@@ -185,6 +187,27 @@ def test_table_features_summary_split():
         Table(table.frame, target="tagret")
 
 
+def test_columns_of_two_levels_are_named_whole():
+    frame = pd.DataFrame([[1.0, 2.0], [3.0, np.nan]], columns=pd.MultiIndex.from_tuples([("a", "x"), ("b", "y")]))
+    assert Table(frame, target=("a", "x")).target == (("a", "x"),) == Table(frame, target=[("a", "x")]).target
+    assert list(Table(frame, target=("a", "x")).features.frame) == [("b", "y")]
+    with pytest.raises(ValueError, match="kinds names column 'a', which the table lacks"):
+        infer_kinds(frame, {"a": "category"})  # the first level alone would be ignored without a word
+    with pytest.raises(ValueError, match="target 'a' is no column"):
+        Table(frame, target="a")
+    assert Table(pd.DataFrame([[1.0, 2.0]]), target=1).features.kinds == {0: "number"}
+
+
+def test_summary_counts_every_kind_of_cell():
+    words = pd.Series(["a", "b", None, "a", "c", "d"])
+    frame = pd.DataFrame(
+        {"s": words, "c": words.astype("category"), "o": words.astype(object), "x": [1, 1, 2, 2, 3, 3.5]}
+    )
+    summary = Table(frame).summary()
+    assert summary["distinct"].tolist() == [4, 4, 4, 4] and summary["missing"].tolist() == [1, 1, 1, 0]
+    assert summary["example"].tolist() == ["a, b, c, …"] * 3 + ["1 … 3.5"]
+
+
 def test_summary_takes_any_column():
     frame = pd.DataFrame(
         {"l": [[1], [2], None], "m": [1, "a", None], "n": [None] * 3, "d": pd.to_datetime(["2020-01-01", None, None])}
@@ -308,11 +331,15 @@ def test_related_subset_is_offered(tmp_path):
     assert load("cifar10-4000", root=tmp_path).y.tolist() == [1, 2]
 
 
-def test_changed_table_is_refused_and_a_table_without_card_is_read(tmp_path):
+def test_changed_table_is_refused_and_so_is_another_shape_without_card(tmp_path):
     (tmp_path / "uci").mkdir()
     table, card = tmp_path / "uci" / "concrete.csv", tmp_path / "uci" / "concrete.json"
     table.write_text("a,b\n1,2\n3,5\n")
-    assert load("concrete", root=tmp_path).target == ()
+    with pytest.raises(ValueError, match=r"concrete.csv is 2×2 and not 1030×9: its header row may be missing.*sha256"):
+        load("concrete", root=tmp_path)
+    table.write_text(pd.DataFrame(np.ones((1030, 9)), columns=list("abcdefghi")).to_csv(index=False))
+    assert load("concrete", root=tmp_path).target == ()  # no card, but the shape of the papers' table
+    table.write_text("a,b\n1,2\n3,5\n")
     digest = data.hashlib.sha256(table.read_bytes()).hexdigest()
     card.write_text(json.dumps(dict(sha256=digest, target=["b"], categorical_columns=["a"])))
     loaded = load("concrete", root=tmp_path)
@@ -321,6 +348,40 @@ def test_changed_table_is_refused_and_a_table_without_card_is_read(tmp_path):
     with pytest.raises(ValueError, match="is not the file of its card"):
         load("concrete", root=tmp_path)
     assert table.read_text() == "a,b\n1,2\n3,6\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content"),
+    [
+        ("concrete", "uci/concrete.csv", b""),
+        ("olivetti", "olivetti/olivetti_64x64.npz", b"<html>"),
+        ("olivetti", "olivetti/olivetti_64x64.npz", b"PK\x03\x04 cut short"),
+        ("cifar10-jpeg", "cifar10/cifar10_jpeg_60000.tar.xz", b"<html>"),
+        ("mnist", "mnist/MNIST/raw/train-images-idx3-ubyte.gz", b"<html>"),
+        ("mnist", "mnist/MNIST/raw/train-images-idx3-ubyte.gz", gzip.compress(b"\x00\x00\x08\x01\x00")[:-4]),
+    ],
+)
+def test_a_damaged_file_is_named(name, file, content, tmp_path):
+    for other in data._PICTURES.get(name, data._TABLES.get(name)).files:
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_bytes(b"")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=Path(file).name + ".*is damaged .*delete it and load again"):
+        load(name, root=tmp_path)
+
+
+def test_a_broken_card_is_named(tmp_path):
+    (tmp_path / "uci").mkdir()
+    (tmp_path / "uci/yeast.csv").write_text("a\n1\n")
+    for text in ("{", "[1]", "3"):
+        (tmp_path / "uci/yeast.json").write_text(text)
+        with pytest.raises(ValueError, match="the card .*yeast.json is no JSON object"):
+            load("yeast", root=tmp_path)
+
+
+def test_names_are_close_whatever_their_case():
+    with pytest.raises(ValueError, match="unknown data set 'MNIST'; did you mean 'mnist'"):
+        load("MNIST")
 
 
 class Bunch(dict):
@@ -572,6 +633,26 @@ def test_a_filled_level_must_be_declared():
         TableEncoder().fit(train).inverse_transform(np.array([[1.0, 0.0], [0.0, 1.0]]), narrow)
 
 
+def test_what_is_no_table_of_levels_or_numbers_is_refused():
+    lists = pd.DataFrame({"l": pd.Series([[1], None, [2]], dtype=object)})
+    with pytest.raises(ValueError, match="column 'l' holds a list, which cannot be a level"):
+        TableEncoder({"l": "category"}).fit(lists)
+    with pytest.raises(ValueError, match="array of text and numbers; an array holds numbers only"):
+        TableEncoder().fit(np.array([["a", 1], ["b", 2]], dtype=object))
+    with pytest.raises(TypeError, match="X is a Table; pass its frame"):
+        TableEncoder().fit(load("iris"))
+    holes = np.array([[1, None], [2, 3]], dtype=object)
+    x, observed = TableEncoder(scale="none").fit(holes).transform(holes)
+    assert x.tolist() == [[1, 0], [2, 3]] and observed.tolist() == [[True, False], [True, True]]
+
+
+def test_filled_floats_stay_in_the_range_of_their_dtype():
+    for dtype in ("float16", "float32", "Float32"):
+        frame = pd.DataFrame({"a": pd.Series([1.0, None, 3.0], dtype=dtype)})
+        filled = TableEncoder(scale="none").fit(frame).inverse_transform(np.full((3, 1), 1e300), frame)["a"]
+        assert filled.dtype == dtype and float(filled[1]) == float(np.finfo(dtype.lower()).max) and filled[0] == 1
+
+
 def test_input_is_never_touched():
     frame, kept = mixed(), mixed()
     encoder = TableEncoder().fit(frame)
@@ -589,3 +670,40 @@ def test_clone_and_repeat():
     assert (
         np.array_equal(first, encoder.fit(mixed()).transform(mixed())[0]) and encoder.get_params()["scale"] == "minmax"
     )
+
+
+# ---------------------------------------------------------------- published numbers
+
+
+def test_published_numbers_of_one_table():
+    rows = published("vaeac", 10)
+    assert set(rows["paper"]) == {"vaeac"} and set(rows["table"]) == {10} and list(rows.index) == list(range(len(rows)))
+    cell = rows[(rows["dataset"] == "Breast") & (rows["method"] == "MICE")]
+    assert cell[["metric", "value", "std"]].to_numpy().tolist() == [["nrmse", 0.58, 0.02]]
+    assert len(rows) == 14 * 6  # fourteen tables, six methods
+    assert published("prflow", 1)["std"].isna().all()  # printed without a spread
+
+
+def test_every_published_table_is_reachable():
+    everything = pd.read_csv(results_folder() / "published.csv")
+    tables = everything[["paper", "table"]].drop_duplicates().itertuples(index=False)
+    assert sum(len(published(p, t)) for p, t in tables) == len(everything)
+
+
+def test_unknown_published_tables_are_named():
+    with pytest.raises(ValueError, match="'vaec'; did you mean 'vaeac'.*Choices: .*prflow"):
+        published("vaec", 10)
+    with pytest.raises(ValueError, match="table 1 of vaeac. Tables: 3, 4, 5, 7, 8, 9, 10, 11"):
+        published("vaeac", 1)
+
+
+def test_an_installed_package_has_no_results(monkeypatch, tmp_path):
+    import missingbook
+
+    monkeypatch.setattr(missingbook, "__file__", str(tmp_path / "installed/missingbook/__init__.py"))
+    for call in (results_folder, lambda: published("vaeac", 10)):
+        with pytest.raises(FileNotFoundError, match="clone of the repository, not with an installed package"):
+            call()
+    (tmp_path / "installed/results").mkdir(parents=True)  # somebody else's folder
+    with pytest.raises(FileNotFoundError, match="clone"):
+        results_folder()

@@ -84,6 +84,13 @@ def start_values(
     return start[0]
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #e1614780
+def _check_counts(params: dict[str, Any]) -> None:
+    """Raise a ValueError for a parameter that counts something and is below 1."""
+    for name in ("n_neighbors", "n_chains", "max_rounds", "n_draws", "n_estimators", "n_strengths", "max_steps"):
+        if name in params and params[name] < 1:
+            raise ValueError(f"{name}={params[name]}: it must be at least 1")
+
+
 class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """What all imputers here share: encode, fill the encoded matrix, decode. Children write `_fit` and `_fill`."""
 
@@ -97,6 +104,7 @@ class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     def fit(self, X: Any, y: Any = None) -> "_TableImputer":
         """Learn from X, a DataFrame or a 2-D array of numbers with NaN for missing. A ValueError names the column."""
+        _check_counts(self.get_params(deep=False))
         self.encoder_ = self._encoder().fit(X)
         self.n_features_in_ = self.encoder_.n_features_in_
         self.__dict__.pop("feature_names_in_", None)
@@ -106,7 +114,9 @@ class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> Any:
-        """X with its holes filled, every observed cell as it was. No row looks at another; nothing is fitted again."""
+        """X with its holes filled, every observed cell as it was. No row looks at another; nothing is fitted again.
+
+        A column that had no observed value in `fit` comes back with its holes: there was nothing to learn."""
         check_is_fitted(self, "encoder_")
         return self.encoder_.inverse_transform(self._fill(*self.encoder_.transform(X)), X)
 
@@ -188,9 +198,9 @@ def nearest_donors(
 class NeighboursImputer(_Draws, _TableImputer):
     """Mean, or vote, of the k nearest training rows that have the cell: scikit-learn's KNNImputer, scaled and encoded.
 
-    scale: "standard" or "minmax", which decides what near means. `sample` takes one of the k donors at random
-    (Troyanskaya et al. 2001 for the mean). A row that shares no column with any donor gets the column's mean, and any
-    training value as a draw."""
+    scale: "standard" or "minmax", which decides what near means. `sample` takes one of the k donors at random, for each
+    column apart (Troyanskaya et al. 2001 for the mean). A row that shares no column with any donor gets the column's
+    mean, and any training value as a draw."""
 
     def __init__(self, n_neighbors=5, weights="uniform", scale="standard", kinds=None, random_state=None):
         self.n_neighbors, self.weights, self.scale = n_neighbors, weights, scale
@@ -206,7 +216,7 @@ class NeighboursImputer(_Draws, _TableImputer):
             self.knn_.fit(np.where(observed, x, np.nan))
 
     def _fill(self, x, observed):
-        return self.knn_.transform(np.where(observed, x, np.nan)) if self.encoder_.blocks_ else x
+        return self.knn_.transform(np.where(observed, x, np.nan)) if x.size else x  # scikit-learn refuses no rows
 
     def _draws(self, x, observed, n_samples, rng) -> Iterator:
         blocks = [b for b in self.encoder_.blocks_ if not observed[:, b.start].all()]
@@ -359,9 +369,6 @@ class _ChainedImputer(_TableImputer):
     """Chained equations with one model a column. Children write `_new_model` and what else differs."""
 
     def _fit(self, x, observed) -> None:
-        for name in {"n_chains", "max_rounds", "n_draws", "n_estimators"} & set(self.get_params()):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         rng = _generator(self.random_state)
         rows = _fit_rows(len(x), self.max_fit_rows, rng)
         self.start_ = start_values(x, observed, self.encoder_.blocks_)
@@ -399,7 +406,8 @@ def coefficient_draws(
 ) -> tuple[Float[np.ndarray, "n others"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """n draws of (coefficients, intercept, standard deviation of the noise) from a fitted ridge regression's posterior.
 
-    The noise variance is RSS over a chi-square draw; given it, the coefficients are Gaussian around the fit."""
+    The noise variance is freedom / alpha_, nearly the RSS, over a chi-square draw; given it, the coefficients are
+    Gaussian around the fit."""
     effective = x.shape[1] - ridge.lambda_ * float(np.trace(ridge.sigma_))  # parameters that the data decide
     freedom = max(len(y) - 1 - effective, 1.0)
     sigma = np.sqrt(freedom / (ridge.alpha_ * rng.chisquare(freedom, size=n)))
@@ -443,17 +451,8 @@ class PosteriorColumn:
         return x @ self.coef[theta] + self.intercept[theta] + self.sigma[theta] * z
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #1737e5c4
-class MICEImputer(_Draws, _ChainedImputer):
-    """Multiple imputation by chained equations: every hole is drawn, with drawn coefficients and noise.
-
-    n_chains independent chains are fitted; draw number d of `sample` uses chain d modulo n_chains, one draw of its
-    parameters, and fresh noise for every cell. `transform` is the mean of n_draws completions (the most frequent value
-    for classes) whose noise is the same for every row, in pairs of opposite sign."""
-
-    def __init__(self, n_chains=5, max_rounds=10, n_draws=20, max_fit_rows=None, kinds=None, random_state=None,
-                 verbose=0):
-        self.n_chains, self.max_rounds, self.n_draws, self.max_fit_rows = n_chains, max_rounds, n_draws, max_fit_rows
-        self.kinds, self.random_state, self.verbose = kinds, random_state, verbose
+class _NoisyChains(_ChainedImputer):
+    """Several independent chains of drawn models, and one noisy sweep through one of them."""
 
     def _new_model(self, block: Block, rng: np.random.Generator) -> PosteriorColumn:
         return PosteriorColumn(_is_class(block), rng)
@@ -472,6 +471,19 @@ class MICEImputer(_Draws, _ChainedImputer):
         chain, theta = self.chains_[d % self.n_chains], (d // self.n_chains) % _THETAS
         return sweep(x, observed, self.start_, chain.order, self.max_rounds,
                      lambda b, others, n: chain.model(b, n).value(others, noise(b, n, len(others)), theta))
+
+# %% ../../nbs/01_foundations/05_classics.ipynb #e6821fba
+class MICEImputer(_Draws, _NoisyChains):
+    """Multiple imputation by chained equations: every hole is drawn, with drawn coefficients and noise.
+
+    n_chains independent chains are fitted; draw number d of `sample` uses chain d modulo n_chains, one draw of its
+    parameters, and fresh noise for every cell. `transform` is the mean of n_draws completions (the most frequent value
+    for classes) whose noise is the same for every row, in pairs of opposite sign."""
+
+    def __init__(self, n_chains=5, max_rounds=10, n_draws=20, max_fit_rows=None, kinds=None, random_state=None,
+                 verbose=0):
+        self.n_chains, self.max_rounds, self.n_draws, self.max_fit_rows = n_chains, max_rounds, n_draws, max_fit_rows
+        self.kinds, self.random_state, self.verbose = kinds, random_state, verbose
 
     def _fill(self, x, observed):
         total = np.zeros_like(x)
@@ -541,7 +553,25 @@ class ForestColumn:
         return self.y[donor]
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #29a37bd8
-class _ForestImputer(_Draws, _ChainedImputer):
+class _LinearStart:
+    """Gives an imputer a linear chain over the columns that are no classes, to start another chain from."""
+
+    def _fit_start(self, x, observed) -> None:
+        self.linear_columns_ = [b.start for b in self.encoder_.blocks_ if not _is_class(b)]
+        blocks = [Block(c, k, "number", k, k + 1) for k, c in enumerate(self.linear_columns_)]
+        part = x[:, self.linear_columns_], observed[:, self.linear_columns_]
+        self.linear_ = chained_equations(*part, blocks, lambda block: LinearColumn(False), 10, keep_rounds=True,
+                                         start=self.start_[self.linear_columns_])
+
+    def _start(self, x, observed) -> Float[np.ndarray, "rows width"]:
+        """The linear chain's fill of the numbers, the most frequent value of the classes."""
+        c, columns, start = self.linear_, self.linear_columns_, np.tile(self.start_, (len(x), 1))
+        start[:, columns] = sweep(x[:, columns], observed[:, columns], self.start_[columns], c.order, c.n_rounds,
+                                  lambda b, others, n: c.model(b, n).predict(others))
+        return start
+
+# %% ../../nbs/01_foundations/05_classics.ipynb #abba1213
+class _ForestImputer(_LinearStart, _Draws, _ChainedImputer):
     """Chained equations with a forest a column, started from a linear chain over the columns that are no classes.
 
     Children write `_new_model`. Where only the last round's forests are kept, a good start stands in for the others."""
@@ -553,21 +583,10 @@ class _ForestImputer(_Draws, _ChainedImputer):
         return lambda before, after: False
 
     def _fit_chains(self, x, observed, rng: np.random.Generator) -> None:
-        self.linear_columns_ = [b.start for b in self.encoder_.blocks_ if not _is_class(b)]
-        blocks = [Block(c, k, "number", k, k + 1) for k, c in enumerate(self.linear_columns_)]
-        part = x[:, self.linear_columns_], observed[:, self.linear_columns_]
-        self.linear_ = chained_equations(*part, blocks, lambda block: LinearColumn(False), 10, keep_rounds=True,
-                                         start=self.start_[self.linear_columns_])
+        self._fit_start(x, observed)
         self.chain_ = self._chain(x, observed, rng, start=self._start(x, observed), stop=self._stop(observed),
                                  keep_rounds=self.keep_rounds)
         self.n_rounds_ = self.chain_.n_rounds
-
-    def _start(self, x, observed) -> Float[np.ndarray, "rows width"]:
-        """The linear chain's fill of the numbers, the most frequent value of the classes."""
-        c, columns, start = self.linear_, self.linear_columns_, np.tile(self.start_, (len(x), 1))
-        start[:, columns] = sweep(x[:, columns], observed[:, columns], self.start_[columns], c.order, c.n_rounds,
-                                  lambda b, others, n: c.model(b, n).predict(others))
-        return start
 
     def _fill(self, x, observed):
         c = self.chain_
@@ -679,7 +698,7 @@ def soft_rows(
     keep = singular > 1e-9 * max(float(singular.max(initial=0.0)), 1e-300)
     basis = right[keep].T * np.sqrt(singular[keep])  # width × rank
     out = np.zeros_like(x)
-    if basis.shape[1] == 0:
+    if basis.shape[1] == 0 or len(x) == 0:
         return out
     for batch in gen_batches(len(x), 1024):
         seen = observed[batch]

@@ -38,7 +38,7 @@ def find_root(start: Path | str | None = None) -> Path:
             return folder
     raise FileNotFoundError(
         "No missingbook checkout here: chapters are run from the directory that holds settings.ini and nbs/. "
-        "Change into a clone of the repository, or pass root="
+        "Change into a clone of the repository."
     )
 
 # %% ../../nbs/06_practice/01_runner.ipynb #ce551332
@@ -116,7 +116,7 @@ def run_chapter(
     import papermill
     from nbclient.exceptions import CellTimeoutError
 
-    quiet = ["--IPKernelApp.log_level=ERROR"]  # the kernel's own remarks are not the chapter's
+    quiet = ["--IPKernelApp.log_level=CRITICAL"]  # the kernel's own remarks are not the chapter's
     chapter = path.relative_to(root / "nbs").with_suffix("").as_posix()
     limit, start, error = timeout or TIMEOUTS[scale], time.perf_counter(), None
     with tempfile.TemporaryDirectory() as scratch:
