@@ -24,6 +24,7 @@ from sklearn.linear_model import BayesianRidge, LogisticRegression
 from sklearn.metrics.pairwise import nan_euclidean_distances
 from sklearn.utils import gen_batches
 from sklearn.utils.validation import check_is_fitted
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from .data import Block, TableEncoder
@@ -94,6 +95,8 @@ def _check_counts(params: dict[str, Any]) -> None:
 class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """What all imputers here share: encode, fill the encoded matrix, decode. Children write `_fit` and `_fill`."""
 
+    _blas_threads: int | None = None  # None: as many as the user's settings allow
+
     def _encoder(self) -> TableEncoder:
         return TableEncoder(kinds=self.kinds, scale="standard")
 
@@ -110,7 +113,8 @@ class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         self.__dict__.pop("feature_names_in_", None)
         if hasattr(self.encoder_, "feature_names_in_"):
             self.feature_names_in_ = self.encoder_.feature_names_in_
-        self._fit(*self.encoder_.transform(X))
+        with threadpool_limits(self._blas_threads, user_api="blas"):
+            self._fit(*self.encoder_.transform(X))
         return self
 
     def transform(self, X: Any) -> Any:
@@ -118,7 +122,8 @@ class _TableImputer(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         A column that had no observed value in `fit` comes back with its holes: there was nothing to learn."""
         check_is_fitted(self, "encoder_")
-        return self.encoder_.inverse_transform(self._fill(*self.encoder_.transform(X)), X)
+        with threadpool_limits(self._blas_threads, user_api="blas"):
+            return self.encoder_.inverse_transform(self._fill(*self.encoder_.transform(X)), X)
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #580600d7
 class _Draws:
@@ -134,7 +139,8 @@ class _Draws:
         rng = _generator(self.random_state if random_state is None else random_state)
         rng = rng.spawn(1)[0]  # not the stream that fit used
         x, observed = self.encoder_.transform(X)
-        drawn = [self.encoder_.inverse_transform(z, X) for z in self._draws(x, observed, n_samples, rng)]
+        with threadpool_limits(self._blas_threads, user_api="blas"):
+            drawn = [self.encoder_.inverse_transform(z, X) for z in self._draws(x, observed, n_samples, rng)]
         return drawn if isinstance(X, pd.DataFrame) else np.stack(drawn)
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #e5c7a5c1
@@ -367,6 +373,8 @@ def _fit_rows(n_rows: int, max_fit_rows: int | None, rng: np.random.Generator) -
 
 class _ChainedImputer(_TableImputer):
     """Chained equations with one model a column. Children write `_new_model` and what else differs."""
+
+    _blas_threads = 1  # many small regressions: threads that wait for each other cost more than they bring
 
     def _fit(self, x, observed) -> None:
         rng = _generator(self.random_state)

@@ -122,7 +122,7 @@ def _markdown(source: str, page: Page, where: dict[str, tuple[str, str]], root: 
 
     def equation(m: re.Match) -> str:
         number = page.labels[m[2]].split()[-1]
-        return f"::: {{#{m[2]} .equation}}\n$$\n{m[1]}\n$$\n\n::: number\n({number})\n:::\n:::"
+        return f"\n\n::: {{#{m[2]} .equation}}\n$$\n{m[1]}\n$$\n\n::: number\n({number})\n:::\n:::\n\n"  # its own block, in lists too
 
     def heading(m: re.Match) -> str:
         number = f"[{page.number}]{{.header-section-number}} " if len(m[1]) == 1 and page.number else ""
