@@ -143,7 +143,7 @@ def to_html(texts: list[str], bibliography: Path | None = None) -> list[str]:
     "HTML of Markdown texts, mathematics as MathML, citations resolved; one more at the end: the list of works cited."
     import pypandoc
 
-    options = ["--mathml", "--wrap=none"]
+    options = ["--mathml", "--wrap=none", "--columns=10000"]  # wide tables size their columns themselves
     if bibliography:
         options += ["--citeproc", f"--bibliography={bibliography}", "--metadata=link-citations"]
     whole = f"\n\n{_SEPARATOR}\n\n".join([*texts, "::: {#refs}\n:::\n"])
