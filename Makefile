@@ -28,7 +28,7 @@ _live/tour.ipynb: nbs/tour.ipynb $(MODULES) $(STAMP)
 	@$(BIN)/missingbook run tour --scale book --out _live
 
 test: $(STAMP)   ## run every chapter and every test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -rs tests
 
 lab: $(STAMP)   ## open the chapters in JupyterLab
 	@$(BIN)/jupyter lab nbs

@@ -13,4 +13,3 @@ CHAPTERS = [p for p in chapters(ROOT) if "solutions" not in p.parts]
 def test_chapter(path):
     result = run_chapter(path, ROOT, scale="fast", timeout=120)
     assert result.error is None, result.error
-    assert result.seconds < 120, f"{result.chapter} took {result.seconds:.0f} s at fast; 60 s is the most a chapter may take"

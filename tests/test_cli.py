@@ -23,7 +23,11 @@ def as_text(path: Path) -> pd.DataFrame:
 def compare(before: pd.DataFrame, after: pd.DataFrame) -> tuple[int, int, int]:
     "Holes in the first, observed cells that differ in the second, holes left in the second."
     hole = before.isin(["", "?"])
-    return int(hole.to_numpy().sum()), int(((before != after) & ~hole).to_numpy().sum()), int(after.isin(["", "?"]).to_numpy().sum())
+    return (
+        int(hole.to_numpy().sum()),
+        int(((before != after) & ~hole).to_numpy().sum()),
+        int(after.isin(["", "?"]).to_numpy().sum()),
+    )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs the development data: set MISSINGBOOK_DATA")
@@ -70,7 +74,12 @@ def test_same_seed_same_file_and_draws_differ(tmp_path):
     source = tmp_path / "in.csv"
     source.write_text(MIXED)
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        assert command("impute", source, "-o", tmp_path / f"{name}.csv", "--method", "mice", "--n-samples", 2, "--seed", seed).exit_code == 0
+        assert (
+            command(
+                "impute", source, "-o", tmp_path / f"{name}.csv", "--method", "mice", "--n-samples", 2, "--seed", seed
+            ).exit_code
+            == 0
+        )
     text = {f"{n}{i}": (tmp_path / f"{n}_{i}.csv").read_text() for n in "abc" for i in (1, 2)}
     assert text["a1"] == text["b1"] and text["a2"] == text["b2"]
     assert text["a1"] != text["a2"] and text["a1"] != text["c1"]

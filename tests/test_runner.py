@@ -21,7 +21,9 @@ def project(folder: Path, **chapters: str) -> Path:
     (folder / "_quarto.yml").write_text(f"book: {{chapters: [{', '.join(f'{c}.ipynb' for c in chapters)}]}}\n")
     for name, source in chapters.items():
         cell = nbformat.v4.new_code_cell(source, id="c")
-        nbformat.write(nbformat.v4.new_notebook(cells=[PARAMETER, cell], metadata=KERNEL), folder / "nbs" / f"{name}.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(cells=[PARAMETER, cell], metadata=KERNEL), folder / "nbs" / f"{name}.ipynb"
+        )
     return folder
 
 
@@ -61,13 +63,17 @@ def test_outside_a_checkout(tmp_path, monkeypatch):
 
 def test_stored_outputs_are_portable(tmp_path):
     "Warnings, several prints in a row, execution counts and papermill's marks leave no trace."
-    root = project(tmp_path, a="import sys, warnings\nprint(1)\nprint('!', file=sys.stderr)\nwarnings.warn('w')\nprint(2)\n3")
+    root = project(
+        tmp_path, a="import sys, warnings\nprint(1)\nprint('!', file=sys.stderr)\nwarnings.warn('w')\nprint(2)\n3"
+    )
     path = root / "nbs" / "a.ipynb"
     assert run_chapter(path, root, in_place=True).error is None
     first = path.read_bytes()
     nb = json.loads(first)
     outputs = nb["cells"][1]["outputs"]
-    assert [o["output_type"] for o in outputs] == ["stream", "execute_result"] and "".join(outputs[0]["text"]) == "1\n2\n"
+    assert [o["output_type"] for o in outputs] == ["stream", "execute_result"] and "".join(
+        outputs[0]["text"]
+    ) == "1\n2\n"
     assert all("papermill" not in c["metadata"] and c["execution_count"] is None for c in nb["cells"])
     assert nb["metadata"]["missingbook"] == {"code_sha256": code_hash(nb)}
     assert run_chapter(path, root, in_place=True).error is None and path.read_bytes() == first

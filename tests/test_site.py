@@ -73,7 +73,11 @@ def test_preview_needs_no_network(pages):
         assert not loaded.search(page.read_text()), page.name
     assert "url(" not in (out / "style.css").read_text() and "@import" not in (out / "style.css").read_text()
     masks = (out / "01_foundations" / "01_masks.html").read_text()
-    assert "<math" in masks and 'id="eq-misgan-03"' in masks and "$$" not in re.sub(r"<pre.*?</pre>", "", masks, flags=re.S)
+    assert (
+        "<math" in masks
+        and 'id="eq-misgan-03"' in masks
+        and "$$" not in re.sub(r"<pre.*?</pre>", "", masks, flags=re.S)
+    )
     assert loaded.search('<script src="https://cdn.example.org/x.js">')  # the check can fail
 
 

@@ -122,7 +122,8 @@ def run_chapter(
     with tempfile.TemporaryDirectory() as scratch:
         executed = Path(out or scratch) / f"{chapter}.ipynb"
         executed.parent.mkdir(parents=True, exist_ok=True)
-        parameters = {} if scale == "book" else {"scale": scale}
+        takes_scale = '"parameters"' in path.read_text(encoding="utf-8")
+        parameters = {} if scale == "book" or not takes_scale else {"scale": scale}
         try:
             papermill.execute_notebook(
                 path, executed, parameters=parameters, kernel_name="python3", cwd=root / "nbs",
