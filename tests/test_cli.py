@@ -141,3 +141,11 @@ def test_a_code_with_leading_zeros_is_no_quantity(tmp_path):
     source.write_text("zip,x\n01234,1\n02139,2\n,3\n01234,4\n")
     assert command("impute", source, "-o", target, "--method", "mean").exit_code == 0
     assert as_text(target).loc[2, "zip"] in {"01234", "02139"}
+
+
+def test_blank_lines_are_told(tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("a,b\n1,2\n\n3,\n\n")
+    result = command("impute", source, "-o", target, "--method", "mean")
+    assert result.exit_code == 0 and "2 blank lines of in.csv were left out" in result.output
+    assert target.read_text() == "a,b\n1,2\n3,2\n"

@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 _ALSO_MISSING = ["?"]  # the mark of the UCI archive; pandas knows the empty cell, NA, NaN, null, None, n/a and their kin
 
 
-def read_header(path: Path) -> list[str]:
-    "The names of the columns as they stand. ValueError where a row is longer, or where the file is not separated by commas."
+def read_header(path: Path) -> tuple[list[str], int]:
+    "The names of the columns as they stand, and how many lines are blank. ValueError for a longer row or another separator."
     import csv
 
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.reader(file)
-        names = next(rows, [])
+        names, blank = next(rows, []), 0
         for row in rows:
+            blank += not row
             if len(row) > len(names):
                 raise ValueError(f"{path.name}, line {rows.line_num}: {len(row)} cells where the header has {len(names)}; "
                                  "quote the cells that hold a comma, or name the last columns")
     mark = next((m for m in ";\t|" if len(names) == 1 and m in names[0]), None)
     if mark:
         raise ValueError(f"{path.name} seems to be separated by {mark!r}, not by commas; save it as comma-separated CSV")
-    return names
+    return names, blank
 
 # %% ../../nbs/06_practice/03_cli.ipynb #84da453c
 def read_both(path: Path) -> "tuple[pd.DataFrame, pd.DataFrame]":
@@ -45,7 +46,7 @@ def read_both(path: Path) -> "tuple[pd.DataFrame, pd.DataFrame]":
     import pandas as pd
 
     try:
-        same = {"skip_blank_lines": len(read_header(path)) > 1, "index_col": False}
+        same = {"skip_blank_lines": len(read_header(path)[0]) > 1, "index_col": False}
         text = pd.read_csv(path, dtype=str, keep_default_na=False, **same)
         typed = pd.read_csv(path, na_values=_ALSO_MISSING, low_memory=False, **same)
     except pd.errors.EmptyDataError:
@@ -121,7 +122,7 @@ def _fit(method: str, kinds: dict, typed: "pd.DataFrame", seed: int, verbose: in
     from missingbook.foundations.classics import CLASSICS
 
     imputer = CLASSICS[method]()
-    wanted = {"random_state": seed, "verbose": verbose, "kinds": kinds, "n_jobs": -1, "round_integers": True}
+    wanted = {"random_state": seed, "verbose": verbose, "kinds": kinds, "n_jobs": -1}
     wanted["max_fit_rows"] = cap = max(200, min(MAX_FIT_ROWS, MAX_FIT_CELLS // max(1, typed.shape[1])))
     known = imputer.get_params()
     imputer.set_params(**{k: v for k, v in wanted.items() if k in known})
@@ -201,12 +202,13 @@ def impute_file(
     targets = _targets(source, output, n_samples, force)
     _check_method(method, bool(n_samples))
     text, typed = read_both(source)
-    names, kinds = read_header(source), infer_kinds(typed)
+    (names, blank), kinds = read_header(source), infer_kinds(typed)
     imputer, remark = _fit(method, kinds, typed, seed, verbose)
     completions = imputer.sample(typed, n_samples) if n_samples else [imputer.transform(typed)]
     for target, filled in zip(targets, completions, strict=True):
         _write(write_filled(text, typed, filled, kinds), names, target)
-    return Imputed(_compare(typed, completions[0], kinds), targets, [remark] if remark else [])
+    left_out = f"{blank} blank lines of {source.name} were left out" if blank and len(names) > 1 else ""
+    return Imputed(_compare(typed, completions[0], kinds), targets, [line for line in (remark, left_out) if line])
 
 # %% ../../nbs/06_practice/03_cli.ipynb #e943ebf8
 app = typer.Typer(
