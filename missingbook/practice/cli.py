@@ -25,35 +25,39 @@ def read_header(path: Path) -> tuple[list[str], int]:
     "The names of the columns as they stand, and how many lines are blank. ValueError for a longer row or another separator."
     import csv
 
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        names, blank = next(rows, []), 0
-        for row in rows:
-            blank += not row
-            if len(row) > len(names):
-                raise ValueError(f"{path.name}, line {rows.line_num}: {len(row)} cells where the header has {len(names)}; "
-                                 "quote the cells that hold a comma, or name the last columns")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            names, blank = next(rows, []), 0
+            for row in rows:
+                blank += not row
+                if len(row) > len(names):
+                    raise ValueError(f"{path.name}, line {rows.line_num}: {len(row)} cells where the header has {len(names)}; "
+                                     "quote the cells that hold a comma, or name the last columns")
+    except UnicodeDecodeError:
+        raise ValueError(f'{path.name} is not UTF-8; save it as UTF-8 (in Excel: "CSV UTF-8")') from None
+    except csv.Error as error:
+        raise ValueError(f"{path.name} cannot be read as CSV: {error}") from None
     mark = next((m for m in ";\t|" if len(names) == 1 and m in names[0]), None)
     if mark:
         raise ValueError(f"{path.name} seems to be separated by {mark!r}, not by commas; save it as comma-separated CSV")
     return names, blank
 
 # %% ../../nbs/06_practice/03_cli.ipynb #84da453c
-def read_both(path: Path) -> "tuple[pd.DataFrame, pd.DataFrame]":
-    "A CSV as text, cell by cell as it stands, and as pandas understands it. ValueError, with the remedy, for what is no CSV."
-    import csv
+def read_both(path: Path, header: tuple[list[str], int] | None = None) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """A CSV as text, cell by cell as it stands, and as pandas understands it.
 
+    `header` is what `read_header` gave, where it was called before. ValueError, with the remedy, for what is no CSV."""
     import pandas as pd
 
+    names, _ = header or read_header(path)
+    same = {"skip_blank_lines": len(names) > 1, "index_col": False}
     try:
-        same = {"skip_blank_lines": len(read_header(path)[0]) > 1, "index_col": False}
         text = pd.read_csv(path, dtype=str, keep_default_na=False, **same)
         typed = pd.read_csv(path, na_values=_ALSO_MISSING, low_memory=False, **same)
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path.name} is empty: there is no header line to read") from None
-    except UnicodeDecodeError:
-        raise ValueError(f'{path.name} is not UTF-8; save it as UTF-8 (in Excel: "CSV UTF-8")') from None
-    except (pd.errors.ParserError, csv.Error) as error:
+    except pd.errors.ParserError as error:
         raise ValueError(f"{path.name} cannot be read as CSV: {error}") from None
     if text.empty:
         raise ValueError(f"{path.name} has a header line and no rows")
@@ -201,8 +205,9 @@ def impute_file(
 
     targets = _targets(source, output, n_samples, force)
     _check_method(method, bool(n_samples))
-    text, typed = read_both(source)
-    (names, blank), kinds = read_header(source), infer_kinds(typed)
+    names, blank = header = read_header(source)
+    text, typed = read_both(source, header)
+    kinds = infer_kinds(typed)
     imputer, remark = _fit(method, kinds, typed, seed, verbose)
     completions = imputer.sample(typed, n_samples) if n_samples else [imputer.transform(typed)]
     for target, filled in zip(targets, completions, strict=True):
