@@ -15,6 +15,8 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "MissForestImputer": "foundations.classics",
     "ExtraTreesImputer": "foundations.classics",
     "SoftSVDImputer": "foundations.classics",
+    "DeepImputer": "foundations.imputer",
+    "AutoencoderImputer": "foundations.autoencoder",
 }
 __all__ = sorted(_HOME)
 

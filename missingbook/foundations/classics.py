@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CLASSICS', 'start_values', 'MeanImputer', 'MedianImputer', 'Donors', 'nearest_donors', 'NeighboursImputer', 'Chained',
            'chained_equations', 'LinearColumn', 'sweep', 'LinearICEImputer', 'coefficient_draws', 'PosteriorColumn',
-           'MICEImputer', 'RisingChange', 'ForestColumn', 'ExtraTreesImputer', 'MissForestImputer', 'soft_threshold',
-           'SoftImputed', 'soft_impute', 'soft_rows', 'SoftSVDImputer']
+           'fill_moments', 'MICEImputer', 'RisingChange', 'ForestColumn', 'ExtraTreesImputer', 'MissForestImputer',
+           'soft_threshold', 'SoftImputed', 'soft_impute', 'soft_rows', 'SoftSVDImputer']
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #a3340434
 from collections.abc import Callable, Iterator, Sequence
@@ -459,6 +459,22 @@ class PosteriorColumn:
         return x @ self.coef[theta] + self.intercept[theta] + self.sigma[theta] * z
 
 # %% ../../nbs/01_foundations/05_classics.ipynb #1737e5c4
+def fill_moments(
+    x: Float[np.ndarray, "rows width"], observed: Bool[np.ndarray, "rows width"], blocks: Sequence[Block]
+) -> list[tuple[Any, float, float]]:
+    """(column, mean, standard deviation) of the filled cells of every incomplete column, in the table's own units.
+
+    An ordered column counts in level codes, a boolean in shares; a category gives a line a level, "column=level"."""
+    lines: list[tuple[Any, float, float]] = []
+    for b in blocks:
+        holes = ~observed[:, b.start]
+        if holes.any():
+            z = b.offset + b.spread * x[holes, b.start : b.stop]
+            names = [f"{b.column}={level}" for level in b.categories] if b.one_hot else [b.column]
+            lines += [(name, float(m), float(s)) for name, m, s in zip(names, z.mean(0), z.std(0))]
+    return lines
+
+# %% ../../nbs/01_foundations/05_classics.ipynb #1d8d52a6
 class _NoisyChains(_ChainedImputer):
     """Several independent chains of drawn models, and one noisy sweep through one of them."""
 
@@ -466,12 +482,17 @@ class _NoisyChains(_ChainedImputer):
         return PosteriorColumn(_is_class(block), rng)
 
     def _fit_chains(self, x, observed, rng: np.random.Generator) -> None:
-        self.chains_ = []
-        for own in rng.spawn(self.n_chains):
+        self.chains_, lines = [], []
+        for c, own in enumerate(rng.spawn(self.n_chains)):
+            rounds: list = []  # `stop` sees every round; append gives None, so it never ends one early
             chain = self._chain(x, observed, own, start=self.start_,
-                                propose=lambda m, others, own=own: m.value(others, own.standard_normal(len(others))))
+                                propose=lambda m, others, own=own: m.value(others, own.standard_normal(len(others))),
+                                stop=lambda before, after, rounds=rounds: rounds.append(
+                                    fill_moments(after, observed, self.encoder_.blocks_)))
             chain.x = chain.x[:0]  # the models are all that is needed later
             self.chains_.append(chain)
+            lines += [(c, n, *line) for n, moments in enumerate(rounds, 1) for line in moments]
+        self.trace_ = pd.DataFrame(lines, columns=["chain", "round", "column", "mean", "std"])
         self.noise_ = rng.standard_normal((-(-self.n_draws // 2), self.max_rounds, self.n_features_in_))
 
     def _run(self, x, observed, d: int, noise: Callable[[Block, int, int], np.ndarray]):
@@ -486,7 +507,8 @@ class MICEImputer(_Draws, _NoisyChains):
 
     n_chains independent chains are fitted; draw number d of `sample` uses chain d modulo n_chains, one draw of its
     parameters, and fresh noise for every cell. `transform` is the mean of n_draws completions (the most frequent value
-    for classes) whose noise is the same for every row, in pairs of opposite sign."""
+    for classes) whose noise is the same for every row, in pairs of opposite sign. `trace_`: a line for each chain,
+    round and incomplete column with the mean and standard deviation of its filled cells (`fill_moments`)."""
 
     def __init__(self, n_chains=5, max_rounds=10, n_draws=20, max_fit_rows=None, kinds=None, random_state=None,
                  verbose=0):

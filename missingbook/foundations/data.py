@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import numbers
 import os
 import re
@@ -703,6 +704,8 @@ class Block:
     spread: float = 1.0
     whole: bool = False  # all observed training values are whole numbers
     one_hot: bool = False
+    low: float = -math.inf  # bounds of what may be filled in
+    high: float = math.inf
 
 # %% ../../nbs/01_foundations/03_data.ipynb #e6518b4f
 def _as_frame(X: Any) -> pd.DataFrame:
@@ -859,6 +862,33 @@ def _encode(
         raise ValueError(f"column {block.column!r} holds values too far from those of fit for float64; check its unit")
     return x, seen[:, None]
 
+# %% ../../nbs/01_foundations/03_data.ipynb #a253a57b
+def _check_bounds(bounds: Any, kinds: Mapping[Any, str]) -> None:
+    """Raise ValueError for bounds that are none, or of a column that is not there or holds no numbers."""
+    if bounds is None or isinstance(bounds, str) and bounds == "observed":
+        return
+    if not isinstance(bounds, Mapping):
+        raise ValueError(f"bounds={bounds!r}: use 'observed', or a dictionary such as {{'age': (0, 120)}}")
+    for column, pair in bounds.items():
+        if column not in kinds:
+            raise ValueError(f"bounds: no column {column!r}" + _did_you_mean(column, kinds))
+        if kinds[column] != "number":
+            raise ValueError(f"bounds: column {column!r} is of kind {kinds[column]!r}; only numbers have bounds")
+        low, high = pair if isinstance(pair, Sequence) and len(pair) == 2 else (1, 0)
+        if low is not None and high is not None and not low <= high:
+            raise ValueError(f"bounds: column {column!r} has {pair!r}; give (low, high), None for an open end")
+
+
+def _bound(block: Block, series: pd.Series, bounds: Any) -> Block:
+    """The block with the bounds of its column."""
+    if block.kind != "number" or bounds is None:
+        return block
+    if isinstance(bounds, str):
+        values = _numbers(block.column, series)
+        return replace(block, low=float(np.nanmin(values)), high=float(np.nanmax(values)))
+    low, high = bounds.get(block.column, (None, None)) if isinstance(bounds, Mapping) else (None, None)
+    return replace(block, low=-math.inf if low is None else float(low), high=math.inf if high is None else float(high))
+
 # %% ../../nbs/01_foundations/03_data.ipynb #60696e82
 def _decode(block: Block, x: Float64[np.ndarray, "rows width"], whole: bool) -> list | Float64[np.ndarray, " rows"]:
     """Encoded rows of one block as values: floats, whole numbers or levels. Raises ValueError where x is not finite."""
@@ -868,8 +898,11 @@ def _decode(block: Block, x: Float64[np.ndarray, "rows width"], whole: bool) -> 
         return [block.categories[i] for i in x.argmax(1)]
     with np.errstate(over="ignore"):
         values = np.nan_to_num(block.offset + block.spread * x[:, 0])
+    if block.kind == "number" and whole:
+        values = np.clip(np.round(values), np.ceil(block.low), np.floor(block.high))
+        return [int(v) for v in values.tolist()]
     if block.kind == "number":
-        return [int(round(v)) for v in values.tolist()] if whole else values
+        return np.clip(values, block.low, block.high)
     nearest = np.clip(np.round(values), 0, len(block.categories) - 1).astype(int)
     return [block.categories[i] for i in nearest]
 
@@ -902,10 +935,13 @@ class TableEncoder(BaseEstimator):
     Dates, identifiers and columns without an observed cell have no block and come back as they went in.
 
     kinds: overrules `infer_kinds`. scale: "standard", "minmax" or "none", learned from observed training values only.
-    round_integers: round filled cells also in float columns whose observed training values were all whole."""
+    round_integers: round filled cells also in float columns whose observed training values were all whole.
+    bounds: what may be filled into number columns: "observed" (the range of each column's observed training values), or
+    {column: (low, high)} with None for an open end."""
 
-    def __init__(self, kinds=None, scale="standard", one_hot=True, round_integers=False):
-        self.kinds, self.scale, self.one_hot, self.round_integers = kinds, scale, one_hot, round_integers
+    def __init__(self, kinds=None, scale="standard", one_hot=True, round_integers=False, bounds=None):
+        self.kinds, self.scale, self.one_hot = kinds, scale, one_hot
+        self.round_integers, self.bounds = round_integers, bounds
 
     def fit(self, X, y=None) -> "TableEncoder":
         """Learn blocks and scales from X: a DataFrame, or a 2-D array of numbers with NaN for missing."""
@@ -941,12 +977,13 @@ def _fit(encoder: TableEncoder, X: Any) -> TableEncoder:
             raise ValueError(f"Found array with 0 {what} (shape={frame.shape}) while a minimum of 1 is required.")
     given = dict(encoder.kinds or {})  # an array holds numbers unless told otherwise
     encoder.kinds_ = infer_kinds(frame, given if named else dict.fromkeys(frame.columns, "number") | given)
+    _check_bounds(encoder.bounds, encoder.kinds_)
     encoder.blocks_, encoder.width_ = [], 0
     for j, (column, kind) in enumerate(encoder.kinds_.items()):
         block = Block(column, j, kind, encoder.width_, encoder.width_ + 1)
         block = _fit_block(block, frame.iloc[:, j], encoder.scale, encoder.one_hot)
         if block is not None:
-            encoder.blocks_.append(block)
+            encoder.blocks_.append(_bound(block, frame.iloc[:, j], encoder.bounds))
             encoder.width_ = block.stop
     encoder.integer_ = frozenset(j for j, dtype in enumerate(frame.dtypes) if pd.api.types.is_integer_dtype(dtype))
     encoder.n_features_in_ = frame.shape[1]
