@@ -864,6 +864,15 @@ def test_a_small_table_gets_small_batches(monkeypatch):
     assert steps_an_epoch(monkeypatch, batch_size=128) == 2  # what is asked for is what is done
 
 
+@pytest.mark.parametrize("rows, own", [(5, {}), (150, {"validation_fraction": 0.0}), (150, {})])
+def test_ordinary_use_warns_of_nothing(rows, own):
+    """Mutation: patience is kept where no row judges, and the run warns that it had no effect."""
+    holes = mixed()[1].iloc[:rows]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoencoderImputer(**(SMALL | own)).fit(holes).transform(holes)
+
+
 def test_a_category_is_filled_with_what_is_drawn_most_often():
     frame = load_iris(as_frame=True).data.assign(species=np.array(list("abc"))[load_iris().target])
     holes = frame.mask(np.random.default_rng(0).random(frame.shape) < 0.4)

@@ -71,6 +71,7 @@ def train_autoencoder(
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = order[:n_judge], order[n_judge:]
+    run.stopping.patience = run.stopping.patience if n_judge else None  # nobody judges: all epochs
     shown = hide_more(observed[judge], layout, run.noise)
     x_learn, observed_learn = x[learn], observed[learn]
     batch_size = batch_size or min(max(len(learn) // 10, 8), 128)
@@ -116,9 +117,9 @@ class AutoencoderImputer(DeepImputer):
     """A denoising autoencoder (Vincent et al. 2008; Gondara and Wang 2018) with dropout draws (Lall and Robinson 2022).
 
     Tables (numbers, categories) and small images. hidden, depth: units and number of hidden layers; dropout: share of
-    units dropped in training and in every draw; validation_fraction: rows set aside to judge the epochs and to learn the
-    size of the noise (with fewer than 20 of them, training rows serve, and draws come out a little narrow); batch_size
-    None: a tenth of the rows, from 8 to 128. A draw takes one dropout pattern and adds noise; `transform` averages
+    units dropped in training and in every draw; validation_fraction: rows set aside to judge the epochs (without any,
+    all max_epochs run) and to learn the size of the noise (with fewer than 20 of them, training rows serve, and draws
+    can come out narrow); batch_size None: a tenth of the rows, from 8 to 128. A draw takes one dropout pattern and adds noise; `transform` averages
     n_draws patterns. The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
