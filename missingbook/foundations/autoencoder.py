@@ -72,8 +72,9 @@ def train_autoencoder(
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = order[:n_judge], order[n_judge:]
     run.stopping.patience = run.stopping.patience if n_judge else None  # nobody judges: all epochs
-    shown = hide_more(observed[judge], layout, run.noise)
-    x_learn, observed_learn = x[learn], observed[learn]
+    x_judge, observed_judge = x[judge].to(run.device), observed[judge].to(run.device)
+    x_learn, observed_learn = x[learn], observed[learn]  # stay where they are: on the device if they fit there
+    shown = hide_more(observed_judge, layout, run.noise)
     batch_size = batch_size or min(max(len(learn) // 10, 8), 128)
     for _ in run.epochs(max_epochs):
         for x_batch, observed_batch in run.batches(x_learn, observed_learn, batch_size=batch_size):
@@ -85,7 +86,7 @@ def train_autoencoder(
             run.log(loss=loss)
         if n_judge:
             with torch.inference_mode():
-                score = denoising_loss(network(x[judge], shown), x[judge], observed[judge] & ~shown, layout)
+                score = denoising_loss(network(x_judge, shown), x_judge, observed_judge & ~shown, layout)
             run.log(validation=score)
             run.watch(score)
     return judge if n_judge >= 20 else order[:2000]
@@ -119,8 +120,8 @@ class AutoencoderImputer(DeepImputer):
     Tables (numbers, categories) and small images. hidden, depth: units and number of hidden layers; dropout: share of
     units dropped in training and in every draw; validation_fraction: rows set aside to judge the epochs (without any,
     all max_epochs run) and to learn the size of the noise (with fewer than 20 of them, training rows serve, and draws
-    can come out narrow); batch_size None: a tenth of the rows, from 8 to 128. A draw takes one dropout pattern and adds noise; `transform` averages
-    n_draws patterns. The rest: see `DeepImputer`."""
+    can come out narrow); batch_size None: a tenth of the rows, from 8 to 128. A draw takes one dropout pattern and adds
+    noise; `transform` averages n_draws patterns. The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {"hidden": (1, math.inf), "depth": (1, math.inf), "dropout": (0.0, 0.95),
@@ -144,8 +145,9 @@ class AutoencoderImputer(DeepImputer):
         x, observed, layout = x.flatten(1), observed.flatten(1), self._layout()
         rows = train_autoencoder(network, x, observed, layout, run, self.max_epochs, self.batch_size,
                                  self.learning_rate, self.validation_fraction).to(x.device)
+        x, observed = x[rows].to(run.device), observed[rows].to(run.device)
         with torch.inference_mode():
-            network.sigma.copy_(residual_sigma(network, x[rows], observed[rows], layout, run.noise))
+            network.sigma.copy_(residual_sigma(network, x, observed, layout, run.noise))
 
     def _expect(self, network, x, observed, noise) -> Tensor:
         return cell_mean(network(x.flatten(1), observed.flatten(1), noise), self._layout()).view(x.shape)
