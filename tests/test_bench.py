@@ -1,0 +1,248 @@
+"""The bench: protocols that do not leak, records that survive, comparisons that are paired; mutations of each."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from missingbook.foundations.data import Table
+from missingbook.practice import bench as module
+from missingbook.practice.bench import (
+    METHODS,
+    PROTOCOLS,
+    Job,
+    Workers,
+    bench,
+    column_errors,
+    compare,
+    emflow_split,
+    is_done,
+    mean_of,
+    mean_ranks,
+    paired_test,
+    plan,
+    read_data,
+    read_records,
+    run_job,
+    vaeac_split,
+    write_record,
+)
+
+JOB = Job("vaeac", "iris", "mean", "mcar", 0.5, 0)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return vaeac_split(read_data("iris"), "mcar", 0.5, 0)
+
+
+def leaks(table: Table, split) -> bool:
+    """True where junk in the test rows changes what the training rows look like."""
+    before = split(table, "mcar", 0.2, 0)
+    frame = table.frame.copy()
+    frame.iloc[before.test.index] = frame.iloc[before.test.index] * 1000.0
+    after = split(Table(frame, table.kinds, table.target), "mcar", 0.2, 0)
+    return not np.allclose(before.holes_train, after.holes_train, equal_nan=True)
+
+
+def wines() -> Table:
+    features = read_data("wine").features.frame.astype("float64")
+    return Table(features, dict.fromkeys(features, "number"))
+
+
+def test_the_scale_of_emflow_does_not_look_at_test_rows():
+    assert not leaks(wines(), emflow_split)
+
+
+def test_a_leaking_scale_is_found():
+    def by_all_rows(table, *args):
+        frame = table.frame
+        scaled = Table((frame - frame.min()) / (frame.max() - frame.min()), table.kinds, table.target)
+        return vaeac_split(scaled, *args)
+
+    assert leaks(wines(), by_all_rows)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("mechanism", ["mcar", "mar", "mnar"])
+def test_splits(name, mechanism):
+    table, rate = read_data("wine"), 0.3
+    s = PROTOCOLS[name].split(table, mechanism, rate, 0)
+    assert set(s.train.index).isdisjoint(s.test.index) and len(s.train) + len(s.test) == len(table.frame)
+    hidden = pd.concat([s.holes_train, s.holes_test]).isna()
+    columns = hidden.columns[hidden.any()]
+    assert abs(hidden[columns].to_numpy().mean() - rate) < 0.08
+    seen = s.holes_test.notna()
+    pd.testing.assert_frame_equal(s.holes_test.where(seen), s.test.where(seen))
+    again = PROTOCOLS[name].split(table, mechanism, rate, 0)
+    pd.testing.assert_frame_equal(again.holes_train, s.holes_train)
+    assert not PROTOCOLS[name].split(table, mechanism, rate, 1).holes_train.equals(s.holes_train)
+
+
+def test_cells_that_were_missing_are_not_scored():
+    table = read_data("iris")
+    frame = table.frame.copy()
+    frame.iloc[::2, 0] = np.nan
+    s = vaeac_split(Table(frame, table.kinds, table.target), "mcar", 0.5, 0)
+    assert not s.heldout.iloc[:, 0].to_numpy()[s.test.iloc[:, 0].isna().to_numpy()].any()
+    imputed = s.test.fillna(0.0)
+    assert np.isfinite(column_errors(s, imputed)["nrmse"])
+
+
+def test_column_errors_by_hand(split):
+    zero = split.test.assign(**{c: 0.0 for c in split.test})
+    held = split.heldout.to_numpy()
+    both = pd.concat([split.train, split.test])
+    by_hand = [np.sqrt((split.test.iloc[:, j][held[:, j]] ** 2).mean()) / both.iloc[:, j].std(ddof=0) for j in range(4)]
+    assert np.isclose(column_errors(split, zero)["nrmse"], np.mean(by_hand))
+
+
+def test_votes_and_means():
+    draws = [pd.DataFrame({"n": [1.0], "c": pd.Categorical([c], ["x", "y"])}) for c in "xyy"]
+    out = mean_of(draws, {"n": "number", "c": "category"})
+    assert out["c"].tolist() == ["y"] and out["c"].dtype == draws[0]["c"].dtype
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs(name):
+    quick = {"missforest": {"n_estimators": 3, "max_rounds": 1}, "trees": {"n_estimators": 3, "max_rounds": 1},
+             "autoencoder": {"max_epochs": 3}}.get(name, {})
+    record = run_job(Job("vaeac", "iris", name, "mcar", 0.5, 0, json.dumps(quick)))
+    assert record["status"] == "done", record.get("error")
+    assert 0 < record["metrics"]["nrmse"] < 2 and 0 <= record["metrics"]["r2_or_accuracy"] <= 1
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"data": "no such table"}, "no such table"), ({"mechanism": "magic"}, "magic"), ({"rate": 7.0}, "rate"),
+    ({"parameters": '{"n_trees": 3}'}, "n_trees"),
+])
+def test_a_run_that_fails_is_a_record(change, words, tmp_path):
+    job = Job(**(vars(JOB) | change))
+    records = bench([job, JOB], tmp_path, verbose=False, run=run_job)
+    assert list(records["status"]) == ["failed", "done"] and words in records["error"][0]
+    assert not is_done(job, tmp_path) and is_done(JOB, tmp_path)
+
+
+def test_finished_runs_are_skipped_and_others_are_not(tmp_path):
+    calls = []
+
+    def count(job):
+        calls.append(job)
+        return run_job(job)
+
+    bench([JOB], tmp_path, verbose=False, run=count)
+    bench([JOB], tmp_path, verbose=False, run=count)
+    assert len(calls) == 1
+    path = JOB.path(tmp_path)
+    for damage in ("", "{", path.read_text()[:40], path.read_text().replace('"done"', '"failed"'),
+                   path.read_text().replace('"rate": 0.5', '"rate": 0.4')):
+        path.write_text(damage)
+        bench([JOB], tmp_path, verbose=False, run=count)
+        assert is_done(JOB, tmp_path)
+    assert len(calls) == 6
+
+
+def test_writing_leaves_the_old_record_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "r.json"
+    write_record({"status": "done"}, path)
+
+    def full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module.os, "replace", full)
+    with pytest.raises(OSError):
+        write_record({"status": "new"}, path)
+    assert json.loads(path.read_text()) == {"status": "done"} and [p.name for p in path.parent.iterdir()] == ["r.json"]
+
+
+def die(job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_takes_only_its_own_job(monkeypatch):
+    workers = Workers()
+    try:
+        monkeypatch.setattr(module, "run_job", die)
+        assert "died" in workers(JOB)["error"]
+        monkeypatch.undo()
+        assert workers(JOB)["status"] == "done"
+    finally:
+        workers.close()
+
+
+LONG = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from missingbook.practice.bench import bench, plan, run_job
+    def slow(job):
+        import time
+        time.sleep(0.02)
+        return run_job(job)
+    bench(plan("vaeac", ["iris", "diabetes"], ["mean", "median"], seeds=5), Path(sys.argv[1]), verbose=False, run=slow)
+""")
+
+
+def test_killed_at_random_moments_it_loses_nothing(tmp_path):
+    rng, kept = random.Random(), 0
+    for _ in range(int(os.environ.get("MISSINGBOOK_KILLS", "3"))):
+        process = subprocess.Popen([sys.executable, "-c", LONG, str(tmp_path)], start_new_session=True)
+        began = time.monotonic()
+        while process.poll() is None and len([*tmp_path.glob("*/*/*.json")]) <= kept and time.monotonic() - began < 60:
+            time.sleep(0.05)
+        time.sleep(rng.random() / 3)
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+        for path in tmp_path.glob("*/*/*.json"):
+            json.loads(path.read_text())  # every file that is there is whole
+        now = int((read_records(tmp_path)["status"] == "done").sum())
+        assert now >= kept
+        kept = now
+    assert kept > 0
+
+
+def test_plans():
+    jobs = plan("vaeac", ["iris"], ["mean", "knn"], seeds=2)
+    assert [j.seed for j in jobs] == [0, 1, 0, 1] and {j.rate for j in jobs} == {0.5}
+    assert plan("emflow", ["letter"], ["mean"], "mar")[0].rate == 0.57
+    assert len({j.path(Path("x")) for j in jobs}) == 4
+    assert plan("vaeac", ["iris"], ["knn"], parameters={"n_neighbors": 3})[0].path(Path("x")) != jobs[2].path(Path("x"))
+    for wrong in (dict(protocol="ours"), dict(methods=["magic"]), dict(mechanism="fate"),
+                  dict(protocol="emflow", seeds=6)):
+        with pytest.raises(ValueError, match="there are|five folds"):
+            plan(**(dict(protocol="vaeac", data=["iris"], methods=["mean"]) | wrong))
+
+
+def records(values: dict) -> pd.DataFrame:
+    return pd.DataFrame([{"protocol": "vaeac", "data": d, "method": m, "mechanism": "mcar", "rate": 0.5, "seed": s,
+                          "status": "done", "nrmse": v} for (d, m), vs in values.items() for s, v in enumerate(vs)])
+
+
+def test_compare_ranks_and_pairs():
+    runs = records({("iris", "mice"): [0.58, 0.60], ("iris", "missforest"): [0.9, 1.0], ("yeast", "mice"): [1.0, 1.0],
+                    ("yeast", "missforest"): [0.9, 0.8], ("zoo", "mice"): [0.1, 0.1]})
+    table = compare(runs, "vaeac")
+    within = table["within_2sd"]
+    assert within["iris · mice · nrmse"] and not within["iris · missforest · nrmse"]
+    ranks = mean_ranks(runs, "nrmse")
+    assert ranks["mean rank"].tolist() == [1.5, 1.5] and ranks["data sets"].eq(2).all()  # zoo lacks a method
+    assert 0 < paired_test(runs, "iris", "mice", "missforest", "nrmse") < 0.2
+    assert np.isnan(paired_test(records({("a", "x"): [1.0], ("a", "y"): [2.0]}), "a", "x", "y", "nrmse"))
+    with pytest.raises(ValueError, match="no finished run"):
+        compare(runs[runs["data"] == "nothing"], "vaeac")
+
+
+def test_a_csv_of_ones_own(tmp_path):
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 3)), columns=list("abc")).assign(id=range(60))
+    frame.to_csv(tmp_path / "mine.csv", index=False)
+    jobs = plan("vaeac", [str(tmp_path / "mine.csv")], ["mean"], rate=0.2, seeds=1)
+    records = bench(jobs, tmp_path / "out", verbose=False, run=run_job)
+    assert records["status"].tolist() == ["done"] and (tmp_path / "out/vaeac/mine").is_dir()
