@@ -26,12 +26,16 @@ from missingbook.practice.bench import (
     compare,
     emflow_split,
     is_done,
+    markdown,
     mean_of,
     mean_ranks,
+    overview,
     paired_test,
     plan,
+    plot_report,
     read_data,
     read_records,
+    report,
     run_job,
     vaeac_split,
     write_record,
@@ -96,6 +100,17 @@ def test_cells_that_were_missing_are_not_scored():
     assert not s.heldout.iloc[:, 0].to_numpy()[s.test.iloc[:, 0].isna().to_numpy()].any()
     imputed = s.test.fillna(0.0)
     assert np.isfinite(column_errors(s, imputed)["nrmse"])
+
+
+def test_a_level_that_only_test_rows_hold_and_a_target_of_whole_numbers():
+    frame = pd.DataFrame({"c": ["x", "y"] * 20, "d": ["u", "v", "w", "u"] * 10, "y": np.arange(40) % 5})
+    kinds = {"c": "category", "d": "category", "y": "number"}
+    test = vaeac_split(Table(frame, kinds, "y"), "mcar", 0.3, 0).test.index
+    frame.loc[test[0], "c"] = "rare"
+    split = vaeac_split(Table(frame, kinds, "y"), "mcar", 0.3, 0)
+    imputer = METHODS["mean"].make(0, {"kinds": split.kinds}).fit(split.holes_train)
+    assert imputer.transform(split.holes_test).notna().all(axis=None)
+    assert split.task == "regression"
 
 
 def test_column_errors_by_hand(split):
@@ -246,3 +261,24 @@ def test_a_csv_of_ones_own(tmp_path):
     jobs = plan("vaeac", [str(tmp_path / "mine.csv")], ["mean"], rate=0.2, seeds=1)
     records = bench(jobs, tmp_path / "out", verbose=False, run=run_job)
     assert records["status"].tolist() == ["done"] and (tmp_path / "out/vaeac/mine").is_dir()
+
+
+def test_a_report_holds_every_run_and_every_failure():
+    runs = records({("iris", "mice"): [0.58, 0.60], ("iris", "knn"): [0.7, 0.8], ("yeast", "knn"): [1.0]})
+    broken = records({("zoo", "mice"): [np.nan]}).assign(status="failed", error="no memory")
+    runs = pd.concat([runs, broken], ignore_index=True)
+    text = report(runs, "vaeac")
+    assert "3 finished" not in text and "5 finished runs" in text
+    assert "| iris | 0.750 ± 0.071 | 0.590 ± 0.014 |" in text and "| yeast | 1.000 |  |" in text
+    assert "no memory" in text and "iris · mice · nrmse" in text
+    assert overview(runs, "nrmse").loc["yeast", "knn"] == "1.000"
+    labels = [t.get_text() for t in plot_report(runs).get_yticklabels()]
+    assert labels == ["yeast", "iris"]
+    with pytest.raises(ValueError, match="no run of emflow"):
+        report(runs, "emflow")
+
+
+def test_markdown_has_one_line_a_row():
+    table = pd.DataFrame({"a": [1.0, np.nan], "b": ["x", "y"]}, index=pd.Index(["p", "q"], name="n"))
+    lines = markdown(table).splitlines()
+    assert lines == ["| n | a | b |", "| --- | --- | --- |", "| p | 1.000 | x |", "| q |  | y |"]

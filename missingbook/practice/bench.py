@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'TABLE_4', 'PROTOCOLS', 'Method', 'Job', 'read_data', 'fingerprint', 'Split', 'hide_some', 'numbers_of',
            'emflow_split', 'vaeac_split', 'Protocol', 'mean_of', 'column_errors', 'score', 'memory_mb', 'forget_peak',
            'run_job', 'surroundings', 'write_record', 'is_done', 'Workers', 'bench', 'plan', 'read_records', 'compare',
-           'mean_ranks', 'paired_test']
+           'mean_ranks', 'paired_test', 'overview', 'markdown', 'report', 'plot_report']
 
 # %% ../../nbs/06_practice/04_bench.ipynb #0fb28c21
 import contextlib
@@ -123,6 +123,7 @@ class Split:
     kinds: dict
     y_train: pd.Series | None = None
     y_test: pd.Series | None = None
+    task: str | None = None
 
     @property
     def heldout(self) -> pd.DataFrame:
@@ -171,13 +172,17 @@ def vaeac_split(table: Table, mechanism: str, rate: float, seed: int) -> Split:
     kinds = features.kinds
     if 2 * list(kinds.values()).count("number") >= len(kinds) and "category" not in kinds.values():  # yes, no: 1, 0
         frame, kinds = frame.astype("float64"), dict.fromkeys(frame, "number")
+    frame = frame.astype({c: "category" for c, kind in kinds.items() if kind == "category"})  # all levels are known
     constant = [c for c in frame if frame[c].nunique() < 2]
     frame, kinds = frame.drop(columns=constant), {c: k for c, k in kinds.items() if c not in constant}
     holes = hide_some(frame, mechanism, rate, seed)
     train, test = train_test_split(np.arange(len(frame)), test_size=0.25, random_state=seed)
     y = table.frame[table.target[0]].reset_index(drop=True) if table.target else None
     parts = [x.iloc[r] for x in (frame, holes) for r in (train, test)]
-    return Split(*parts, kinds, *([y.iloc[train], y.iloc[test]] if y is not None else []))
+    if y is None:
+        return Split(*parts, kinds)
+    task = "regression" if table.kinds[table.target[0]] == "number" else "classification"
+    return Split(*parts, kinds, y.iloc[train], y.iloc[test], task)
 
 # %% ../../nbs/06_practice/04_bench.ipynb #38b0dfd2
 @dataclass(frozen=True)
@@ -193,7 +198,7 @@ class Protocol:
 
 _EMFLOW = {"News": "news_popularity_subset", "Air": "air_quality", "Letter": "letter", "Review": "google_reviews",
            "Credit": "credit_default", "Energy": "energy_appliances", "CTG": "ctg", "Wine": "wine_quality"}
-_VAEAC = {"Boston": "boston_housing", "Breast": "breast_cancer_wisconsin_original", "Diabetes": "diabetes",
+_VAEAC = {"Boston": "boston_housing", "Breast": "breast_cancer", "Diabetes": "diabetes",
           "Digits": "digits", "Iris": "iris", "Mushroom": "mushroom", "WhiteWine": "wine_quality_white", "Yeast": "yeast",
           "Zoo": "zoo"}
 _OURS = {"MICE": "mice", "MissForest": "missforest"}
@@ -240,7 +245,8 @@ def score(split: Split, imputer: Any, protocol: Protocol, draws: bool) -> tuple[
     if split.y_train is not None and protocol.tables[0][0] == "vaeac":
         train = imputer.sample(split.holes_train, many) if many else [imputer.transform(split.holes_train)]
         one = (lambda tables: tables) if many else (lambda tables: tables[0])
-        metrics["r2_or_accuracy"] = post_imputation_score(one(train), split.y_train, one(test), split.y_test)
+        metrics["r2_or_accuracy"] = post_imputation_score(
+            one(train), split.y_train, one(test), split.y_test, task=split.task)
     return metrics, seconds
 
 # %% ../../nbs/06_practice/04_bench.ipynb #473e0c18
@@ -420,3 +426,60 @@ def paired_test(records: pd.DataFrame, data: str, a: str, b: str, metric: str) -
     done = records[(records["status"] == "done") & (records["data"] == data)]
     pairs = done.pivot_table(index=["mechanism", "rate", "seed"], columns="method", values=metric)[[a, b]].dropna()
     return float(ttest_rel(pairs[a], pairs[b]).pvalue) if len(pairs) > 1 else float("nan")
+
+# %% ../../nbs/06_practice/04_bench.ipynb #066c54f0
+def overview(records: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """Mean ± sd of a metric over the runs: one row a data set, one column a method; empty where nothing was finished."""
+    done = records[(records["status"] == "done") & records[metric].notna()]
+    groups = done.groupby(["data", "method"])[metric]
+    cells = groups.mean().map("{:.3f}".format) + groups.std().map(lambda s: f" ± {s:.3f}" if s == s else "")
+    order = [m for m in METHODS if m in set(done["method"])]
+    return cells.unstack().reindex(columns=order).fillna("")
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """A table as Markdown, its index as the first column."""
+    shown = table.reset_index().astype(object).where(lambda t: t.notna(), "")
+    rows = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in shown.itertuples(index=False)]
+    lines = [[str(c) for c in shown.columns], ["---"] * shown.shape[1], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+# %% ../../nbs/06_practice/04_bench.ipynb #25e54dba
+def report(records: pd.DataFrame, protocol: str, mechanism: str = "mcar") -> str:
+    """Markdown: ours beside the paper's, every method on every data set, mean ranks, what failed."""
+    mine = records[(records["protocol"] == protocol) & (records["mechanism"] == mechanism)]
+    if mine.empty:
+        raise ValueError(f"no run of {protocol} with {mechanism}; run missingbook bench --protocol {protocol} first")
+    parts = [f"# {protocol}, {mechanism}", f"{(mine['status'] == 'done').sum()} finished runs."]
+    try:
+        parts += ["## Beside the published numbers", markdown(compare(mine, protocol, mechanism))]
+    except ValueError:
+        parts += ["No finished run has a printed counterpart."]
+    for metric, larger in (("nrmse", False), ("pfc", False), ("r2_or_accuracy", True)):
+        if metric in mine and mine[metric].notna().any():
+            scored = mine[mine[metric].notna()]
+            parts += [f"## {metric}, {'larger' if larger else 'smaller'} is better", markdown(overview(scored, metric)),
+                      markdown(mean_ranks(scored, metric, larger))]
+    failed = mine[mine["status"] == "failed"]
+    if len(failed):
+        parts += ["## Failed", markdown(failed.set_index("data")[["method", "seed", "error"]])]
+    return "\n\n".join(parts) + "\n"
+
+# %% ../../nbs/06_practice/04_bench.ipynb #7ef91a67
+def plot_report(records: pd.DataFrame, metric: str = "nrmse", ax: Any = None) -> Any:
+    """One row a data set, one dot a method: its mean over the runs, with two standard deviations; returns the axes."""
+    import matplotlib.pyplot as plt
+
+    done = records[(records["status"] == "done") & records[metric].notna()]
+    groups = done.groupby(["data", "method"])[metric].agg(["mean", "std"]).reset_index()
+    names = sorted(groups["data"].unique(), reverse=True)
+    methods = [m for m in METHODS if m in set(groups["method"])]
+    ax = plt.subplots(figsize=(7.5, 1 + 0.5 * len(names)), layout="constrained")[1] if ax is None else ax
+    for k, method in enumerate(methods):
+        part = groups[groups["method"] == method]
+        place = [names.index(d) + 0.3 * (0.5 - k / max(len(methods) - 1, 1)) for d in part["data"]]
+        ax.errorbar(part["mean"], place, xerr=2 * part["std"].fillna(0.0), fmt="o", ms=4, lw=1, label=method,
+                    color=plt.colormaps["viridis"](k / max(len(methods), 1)))
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=metric)
+    ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return ax
