@@ -477,7 +477,7 @@ def plot_report(records: pd.DataFrame, metric: str = "nrmse", ax: Any = None) ->
     ax = plt.subplots(figsize=(7.5, 1 + 0.5 * len(names)), layout="constrained")[1] if ax is None else ax
     for k, method in enumerate(methods):
         part = groups[groups["method"] == method]
-        place = [names.index(d) + 0.3 * (0.5 - k / max(len(methods) - 1, 1)) for d in part["data"]]
+        place = [names.index(d) + 0.7 * (0.5 - k / max(len(methods) - 1, 1)) for d in part["data"]]
         ax.errorbar(part["mean"], place, xerr=2 * part["std"].fillna(0.0), fmt="o", ms=4, lw=1, label=method,
                     color=plt.colormaps["viridis"](k / max(len(methods), 1)))
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=metric)
