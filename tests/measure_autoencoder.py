@@ -7,13 +7,11 @@ the central 90% of 40 draws.
 """
 
 import argparse
-import json
-import os
 import time
 from importlib.metadata import version
 
 import numpy as np
-from measure_simple_rivals import ROOT, commit, features
+from measure_simple_rivals import ROOT, commit, features, write_facts
 
 from missingbook.foundations.autoencoder import AutoencoderImputer
 from missingbook.foundations.metrics import interval_coverage
@@ -53,9 +51,7 @@ def main() -> None:
              "scaling": "min-max over the whole column", "device": "cpu", "threads": 1, "commit": commit(),
              "versions": {p: version(p) for p in ("numpy", "scikit-learn", "pandas", "torch")}, "runs": records}
     path = ROOT / "results" / "autoencoder.json"
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    write_facts(path, facts)
     print("written:", path.relative_to(ROOT))
 
 

@@ -7,9 +7,6 @@ hidden, more often where y and z are large (MAR); regression of y on the three, 
 """
 
 import argparse
-import json
-import os
-import subprocess
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -18,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from measure_simple_rivals import ROOT, commit, write_facts
 from scipy import stats
 from sklearn.experimental import enable_iterative_imputer  # noqa: F401
 from sklearn.impute import IterativeImputer
@@ -26,7 +24,6 @@ from missingbook.foundations.classics import MICEImputer, NeighboursImputer
 from missingbook.foundations.mechanisms import hide, mar
 from missingbook.practice.pooling import impute_many, linear_regression, regress_each
 
-ROOT = Path(__file__).resolve().parents[1]
 M, SLOPE, RATE = 20, 0.5, 0.4
 POSTERIOR = dict(sample_posterior=True, max_iter=5, tol=0.0)
 # name → (imputer, refit to resampled rows). n_chains=1 where every imputation has a fit of its own.
@@ -75,16 +72,6 @@ def repeat(job: tuple[int, int]) -> list[dict]:
             for name, (table, seconds) in tables.items() for slope, line in table.drop(index="intercept").iterrows()]
 
 
-def commit() -> str | None:
-    """The git commit of this checkout, with "-dirty" where files differ from it; None where git does not know one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        return asked.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def write(records: pd.DataFrame, rows: int) -> Path:
     """results/pooling_coverage.json, whole or not at all."""
     path = ROOT / "results" / "pooling_coverage.json"
@@ -99,10 +86,7 @@ def write(records: pd.DataFrame, rows: int) -> Path:
         "versions": {p: version(p) for p in ("numpy", "scipy", "scikit-learn", "pandas")},
         "runs": runs.to_dict("records"),
     }
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_facts(path, facts)
 
 
 def main() -> None:

@@ -72,12 +72,21 @@ def checks(x: np.ndarray, seeds: int) -> list[dict]:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout, None where git does not know one."""
+    """The git commit of this checkout, with "-dirty" where files differ from it; None where git does not know one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return asked.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def write_facts(path: Path, facts: dict) -> Path:
+    """Write measured facts as JSON, whole or not at all; returns the path."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+    return path
 
 
 def write(records: list[dict], extra: list[dict]) -> Path:
@@ -90,10 +99,7 @@ def write(records: list[dict], extra: list[dict]) -> Path:
         "versions": {p: version(p) for p in ("numpy", "scipy", "scikit-learn", "pandas")},
         "runs": records, "checks": extra,
     }
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_facts(path, facts)
 
 
 def main() -> None:

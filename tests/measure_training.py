@@ -10,8 +10,6 @@ counts the seconds this process computed, which other processes disturb less; on
 """
 
 import argparse
-import json
-import os
 import statistics
 import tempfile
 import time
@@ -19,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from measure_simple_rivals import ROOT, commit
+from measure_simple_rivals import ROOT, commit, write_facts
 from torch import Tensor, nn
 
 from missingbook.foundations.training import TrainingRun, choose_device, write_state
@@ -133,10 +131,7 @@ def write(records: list[dict], device: torch.device) -> Path:
              "clock": "processor seconds of the process" if device.type == "cpu" else "wall",
              "device": name, "threads": torch.get_num_threads(), "seed": 0, "commit": commit(),
              "versions": {p: version(p) for p in ("torch", "accelerate")}, "runs": records}
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
-    return path
+    return write_facts(path, facts)
 
 
 def main() -> None:

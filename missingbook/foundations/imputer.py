@@ -171,7 +171,7 @@ def cell_mean(output: Float[Tensor, "n width"], layout: Layout) -> Float[Tensor,
         result[:, start:stop] = output[:, start:stop].softmax(1)
     return result
 
-
+# %% ../../nbs/01_foundations/07_imputer.ipynb #990bbb1f
 def cell_draw(
     output: Float[Tensor, "n width"], layout: Layout, noise: Noise, sigma: Float[Tensor, "..."] | float = 1.0
 ) -> Float[Tensor, "n width"]:
@@ -280,7 +280,7 @@ def _draws(estimator: Any) -> bool:
     """True for a method that can draw; else `sample` does not exist."""
     return hasattr(estimator, "_draw")
 
-
+# %% ../../nbs/01_foundations/07_imputer.ipynb #a215d792
 class _Fill(TransformerMixin):  # the mixin must be a parent of the class that defines transform, or set_output is deaf
     """What a fitted imputer does with rows; none looks at another, and nothing is fitted again."""
 
@@ -474,7 +474,7 @@ def _has_columns(estimator: Any) -> bool:
     """False once an imputer is fitted to images: pixels have no column names, and no DataFrame can hold them."""
     return not isinstance(getattr(estimator, "encoder_", None), ImageEncoder)
 
-
+# %% ../../nbs/01_foundations/07_imputer.ipynb #69e14e27
 class DeepImputer(_CommonParameters, _Fit, _Fill, _Density, _Store, OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
     """What all deep imputers share. A method writes `_build`, `_train`, and `_draw` (or `_complete`, if it cannot draw).
 

@@ -118,7 +118,7 @@ def _complain(path: Path, column: object, seen: "pd.Series", bad: "pd.Series", f
     why = "though --numeric names the column" if forced else "though most cells of its column are"
     raise ValueError(f"{where} is no number, {why}; correct it, empty it, or say --categorical {column}")
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #5c48bc1e
 def _retype(path: Path, text: "pd.DataFrame", typed: "pd.DataFrame", wishes: Wishes) -> None:
     "Make words of numbers that name something, and refuse columns that are neither words nor numbers."
     import numpy as np
@@ -228,7 +228,7 @@ class Sheet:
     write: Callable[[list, Path, bool], None]  # completions, target, as one long file?
     remarks: list[str] = field(default_factory=list)
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #264b30eb
 def _read_text(path: Path, wishes: Wishes, more_kinds: dict) -> Sheet:
     "A CSV or TSV as a Sheet."
     import pandas as pd
@@ -253,7 +253,7 @@ def _read_text(path: Path, wishes: Wishes, more_kinds: dict) -> Sheet:
     left_out = [f"{blank} blank lines of {path.name} were left out"] if blank and len(names) > 1 else []
     return Sheet(typed, kinds, write, left_out)
 
-# %% ../../nbs/06_practice/03_cli.ipynb #264b30eb
+# %% ../../nbs/06_practice/03_cli.ipynb #a5d22a48
 def _as_arrow_takes(values: "pd.Series", hole: "pd.Series", kind: Any) -> Any:
     "Filled values as Arrow wants them for this type; of whole numbers and decimals only those of holes, the rest are in the file."
     from decimal import Decimal
@@ -283,7 +283,7 @@ def _arrow_filled(table: Any, typed: "pd.DataFrame", filled: "pd.DataFrame") -> 
             table = table.set_column(position, kind, new)
     return table
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #2ee47336
 def _sheet_of(table: Any, name: str, wishes: Wishes, more_kinds: dict) -> Sheet:
     "An Arrow table as a Sheet."
     import pyarrow as pa
@@ -317,7 +317,7 @@ def _arrow(call: Callable, path: Path) -> Any:
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"{path.name} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #18c5ea23
 def open_sheet(path: Path, wishes: Wishes = Wishes(), more_kinds: dict | None = None) -> Sheet:
     "Read a CSV, TSV or Parquet file, by its suffix. `more_kinds`: kinds that a fitted model knows. ValueError for bad input."
     import pyarrow.parquet as pq
@@ -362,7 +362,7 @@ def _check_method(method: str, draws: bool, save: Path | None = None) -> None:
         raise ValueError(f"method {method!r} cannot be saved: only deep methods can, since nothing is pickled; "
                          f"with --save take one of: {', '.join(_DEEP)}")
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #af8cfdba
 def _fit(method: str, kinds: dict, typed: "pd.DataFrame", seed: int, verbose: int):
     "The fitted imputer of that name, and a remark where it was fitted on a part of the rows."
     imputer = _method(method)()
@@ -581,7 +581,7 @@ def _complete(imputer: Any, typed: "pd.DataFrame", n_samples: int | None, seed: 
     more = {"random_state": seed} if isinstance(imputer, DeepImputer) else {}
     return imputer.sample(typed, n_samples, **more)
 
-
+# %% ../../nbs/06_practice/03_cli.ipynb #192a3e50
 def _write_all(
     sheet: Sheet, imputer: Any, completions: list, targets: list[Path], columns: "pd.DataFrame", extras: Extras, remarks: list
 ) -> Imputed:
