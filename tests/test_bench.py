@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from missingbook.foundations.data import Table
 from missingbook.practice import bench as module
 from missingbook.practice.bench import (
-    METHODS,
     PROTOCOLS,
     Job,
     Workers,
@@ -40,6 +40,7 @@ from missingbook.practice.bench import (
     vaeac_split,
     write_record,
 )
+from missingbook.practice.cli import METHODS, app
 
 JOB = Job("vaeac", "iris", "mean", "mcar", 0.5, 0)
 
@@ -224,6 +225,23 @@ def test_killed_at_random_moments_it_loses_nothing(tmp_path):
     assert kept > 0
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the workers in /proc")
+def test_workers_end_with_the_bench_that_started_them(tmp_path):
+    "Killed without a word, the bench leaves no process behind that goes on computing."
+    code = ("from missingbook.practice.bench import Job, Workers; import os, sys; w = Workers();"
+            "w(Job('vaeac', 'iris', 'mean', 'mcar', 0.5, 0)); pool = w.pools[0]; print(*pool._processes, flush=True);"
+            "w(Job('vaeac', 'digits', 'missforest', 'mcar', 0.5, 0))")
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    worker = int(process.stdout.readline())
+    assert Path(f"/proc/{worker}").exists()
+    process.kill()
+    process.wait()
+    began = time.monotonic()
+    while Path(f"/proc/{worker}").exists() and time.monotonic() - began < 10:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
 def test_plans():
     jobs = plan("vaeac", ["iris"], ["mean", "knn"], seeds=2)
     assert [j.seed for j in jobs] == [0, 1, 0, 1] and {j.rate for j in jobs} == {0.5}
@@ -260,7 +278,57 @@ def test_a_csv_of_ones_own(tmp_path):
     frame.to_csv(tmp_path / "mine.csv", index=False)
     jobs = plan("vaeac", [str(tmp_path / "mine.csv")], ["mean"], rate=0.2, seeds=1)
     records = bench(jobs, tmp_path / "out", verbose=False, run=run_job)
-    assert records["status"].tolist() == ["done"] and (tmp_path / "out/vaeac/mine").is_dir()
+    assert records["status"].tolist() == ["done"] and [*tmp_path.glob("out/vaeac/mine-*")]
+    calls, other = [], tmp_path / "b"
+    other.mkdir()
+    (frame * 2).to_csv(other / "mine.csv", index=False)
+    jobs += plan("vaeac", [str(other / "mine.csv")], ["mean"], rate=0.2, seeds=1)
+
+    def count(job):
+        calls.append(job.data)
+        return run_job(job)
+
+    bench(jobs, tmp_path / "out", verbose=False, run=count)
+    assert calls == [jobs[1].data] and len(read_records(tmp_path / "out")) == 2  # one name, two files
+    frame.assign(a=frame["b"]).to_csv(tmp_path / "mine.csv", index=False)
+    bench(jobs, tmp_path / "out", verbose=False, run=count)
+    assert calls == [jobs[1].data, jobs[0].data]  # another content is another examination
+
+
+def test_names_are_checked_before_anything_runs(tmp_path):
+    for data, words in (("iriss", "no data set 'iriss'"), ("../evil", "no data set"), ("none.csv", "no file none")):
+        with pytest.raises(ValueError, match=words):
+            plan("vaeac", [data], ["mean"])
+    wrong = (("a,b\n1,2\n", "1 rows"), ("a,b\n1,inf\n", "infinite"), ("a\n" + "1\n" * 12, "two different"))
+    for content, words in wrong:
+        (tmp_path / "t.csv").write_text(content)
+        assert words in run_job(Job("vaeac", str(tmp_path / "t.csv"), "mean", "mcar", 0.5, 0))["error"]
+
+
+def test_files_that_are_no_records_are_passed_over(tmp_path):
+    bench([JOB], tmp_path, verbose=False, run=run_job)
+    path = JOB.path(tmp_path)
+    good = path.read_text()
+    damaged = ("[]", "{}", "null", "1", '"x"', '{"job": 1, "status": "done"}', '{"job": {}, "status": "done"}',
+               good.replace('"metrics": {', '"metrics": null, "m": {'),
+               good.replace('"nrmse": ', '"nrmse": "x", "n": '))
+    for content in damaged:
+        path.write_text(content)
+        assert not is_done(JOB, tmp_path) and read_records(tmp_path).empty, content
+
+
+def test_where_a_report_may_lie(tmp_path):
+    out, folder = tmp_path / "r.md", tmp_path / "records"
+    write_record({"job": vars(JOB), "status": "failed", "error": "no memory"}, JOB.path(folder))
+    ask = lambda *words: CliRunner().invoke(app, ["report", "--records", str(folder), *map(str, words)])  # noqa: E731
+    assert ask("-o", out).exit_code == 0 and [p.name for p in tmp_path.glob("r.*")] == ["r.md"]  # nothing to draw
+    bench([JOB], folder, verbose=False, run=run_job)
+    (tmp_path / "s.png").write_text("mine")
+    wrong = (("s.md", "s.png exists"), ("x.png", ".md"), ("no/r.md", "no folder"), (JOB.path(folder), ".md"))
+    for name, words in wrong:
+        said = ask("-o", tmp_path / name)
+        assert said.exit_code == 1 and isinstance(said.exception, SystemExit) and words in said.stderr, said.output
+    assert (tmp_path / "s.png").read_text() == "mine" and not (tmp_path / "s.md").exists()
 
 
 def test_a_report_holds_every_run_and_every_failure():

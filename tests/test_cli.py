@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def test_help_answers():
     ("content", "message"),
     [
         ("a,b\n1,2,9\n3,,8\n4,5\n", "line 2: 3 cells where the header has 2"),
-        ("a;b\n1,5;2\n;3\n", "cells where the header has 1"),
+        ("a;b\n1,5;2\n;3\n", "separated by ';'"),
         ("a;b\n1;2\n;3\n", "separated by ';'"),
         ("a\tb\n1\t\n", "separated by"),
         ("a,b\n", "no rows"),
@@ -159,6 +160,46 @@ def test_blank_lines_are_told(tmp_path):
     assert target.read_text() == "a,b\n1,2\n3,2\n"
 
 
+@pytest.mark.parametrize(
+    ("content", "filled"),
+    [
+        ('a,b\n1,"x\ry"\n,"x\ry"\n', '"a","b"\n"1","x\ry"\n"1","x\ry"\n'),  # a line end within a cell
+        ('a,b\r\n1,"x\ry"\r\n,z\r\n', 'a,b\r\n1,"x\ry"\r\n1,z\r\n'),  # lines end as they did
+        ('"a,b"\n1\n\n3\n', '"a,b"\n1\n2\n3\n'),  # one column, with a comma in its name
+        ("a,b\n" + "x" * 200_000 + ",1\n,1\n", "a,b\n" + "x" * 200_000 + ",1\n" + "x" * 200_000 + ",1\n"),
+        ("a\n-1\n\n0\n0\n0\n", "a\n-1\n0\n0\n0\n0\n"),  # not -0
+        ("a,b\n9223372036854775809,1\n,1\n", "a,b\n9223372036854775809,1\n9223372036854775809,1\n"),  # beyond 2^63
+    ],
+)
+@pytest.mark.parametrize("name", ["in.csv", "in.zip"])  # text, whatever its name
+def test_no_cell_is_split_or_misread(tmp_path, content, filled, name):
+    source, target = tmp_path / name, tmp_path / "out.csv"
+    source.write_bytes(content.encode())
+    result = command("impute", source, "-o", target, "--method", "mean")
+    assert result.exit_code == 0, result.output
+    assert target.read_bytes() == filled.encode()
+
+
+def test_a_line_of_spaces_is_told(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("a,b\n1,2\n   \n,3\n")
+    assert "1 blank lines" in command("impute", source, "-o", tmp_path / "out.csv", "--method", "mean").output
+
+
+def test_odd_names_can_be_said(tmp_path):
+    source, target = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text('"a,b", c,d=e\n1,7,1\n,,\n2,9,2\n')
+    told = ["--ignore", '"a,b"," c"', "--ordered", "d=e=1<2", "--method", "mean"]
+    assert command("impute", source, "-o", target, *told).exit_code == 0
+    assert target.read_text().splitlines()[2] == ",,1"
+    assert refused(command("describe", source, "--ignore", "c"), '"a,b", " c"')
+    assert refused(command("describe", source, "--ordered", "d=e=1<2", "--ordered", "d=e=2<1"), "named twice")
+    assert refused(command("describe", source, "--ordered", "d=e=None<1<2"), "'None' counts as missing")
+    source.write_text("imputation,b\n1,\n2,3\n")
+    long = ["--method", "knn", "--n-samples", 2, "--long"]
+    assert refused(command("impute", source, "-o", tmp_path / "l.csv", *long), "'imputation'", "rename it")
+
+
 # --- bad input: one line, exit code 1, no traceback, nothing written --------------------------------------------------
 
 
@@ -185,6 +226,7 @@ def refused(result, *words) -> bool:
         ("a,b\n1,7\n2,x7\n3,\n4,8\n", ["column 'b'", "row 2", "'x7'", "--categorical b"]),
         ('a,b\n1,"x\n2,y\n', ["in.csv", "quotation mark"]),
         ('a,b\n1,"x\n2,"y\n3,z\n', ["in.csv, line 3", "quotation mark"]),
+        ('"a";"b"\n1,5;2\n', ["separated by ';'", "--decimal ,"]),
         ("é,b\n1,2\n".encode("latin-1"), ["not UTF-8"]),
         ("a,b\n1,\n".encode("utf-16"), ["not UTF-8", "zero bytes"]),
         (bytes(range(256)) * 40, ["in.csv", "no text"]),
@@ -229,6 +271,26 @@ def test_bad_paths(tmp_path):
     assert target.read_text() == "a,b\n1,3\n2,3\n"
 
 
+def test_nothing_of_value_is_overwritten(tmp_path):
+    source, target, model = numbers_file(tmp_path / "in.csv"), tmp_path / "out.csv", tmp_path / "m.model"
+    mean = ["--method", "mean", "--force"]
+    for path in (".", "/", ""):
+        assert refused(command("impute", path, "--dry-run"), "is a folder")
+    for name in ("out.csv.gz", "out.xlsx"):
+        assert refused(command("impute", source, "-o", tmp_path / name, *mean), ".csv or .tsv")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert refused(command("impute", source, "-o", tmp_path / "pipe.csv", *mean), "pipe")
+    (tmp_path / "sub").mkdir()
+    again = tmp_path / "sub" / ".." / "out.csv"
+    assert refused(command("impute", source, "-o", target, "--report", again, *mean), "named twice")
+    model.write_bytes(b"a model")
+    assert refused(command("impute", source, "-o", model, "--model", model, "--force"), "named twice")
+    assert refused(command("impute", source, "-o", target, "--report", model, "--model", model, "--force"), "two names")
+    hidden = numbers_file(tmp_path / ".out.csv.tmp")  # the name under which out.csv is written
+    assert refused(command("impute", hidden, "-o", target, *mean), "overwrites it") and hidden.exists()
+    assert model.read_bytes() == b"a model" and (tmp_path / "pipe.csv").is_fifo() and not target.exists()
+
+
 ODD = {
     "empty column": ("a,b\n2,\n2,\n,\n", "a,b\n2,\n2,\n2,\n"),
     "empty row": ("a,b\n1,x\n,\n1,x\n", "a,b\n1,x\n1,x\n1,x\n"),
@@ -265,6 +327,8 @@ def test_five_thousand_columns(tmp_path):
     result = command("impute", source, "-o", target, "--method", "mean")
     assert result.exit_code == 0, result.output
     assert compare(as_text(source), as_text(target)) == (715, 0, 0) and "… and 4,960 more" in result.output
+    result = command("impute", source, "-o", tmp_path / "b.csv")
+    assert refused(result, "5,000 columns", "--method softsvd", "--ignore") and not (tmp_path / "b.csv").exists()
     wide.iloc[:, :101].to_csv(source, index=False)
     result = command("describe", source)
     assert result.exit_code == 0 and "101 number columns are too many" in result.output
@@ -290,6 +354,8 @@ def test_decimal_comma(tmp_path, name):
     assert refused(command("impute", source, "-o", target, "--force", "--decimal", "x"), "--decimal is . or ,")
     source.write_text("a;b\n1.234,50;3\n;4\n2,50;\n".replace(";", mark))
     assert refused(command("describe", source, "--decimal", ","), "column 'a'", "'1.234,50'")
+    source.write_text("a;b\n1.50;3\n;4\n2.25;\n".replace(";", mark))  # words, if nobody complained
+    assert refused(command("describe", source, "--decimal", ","), "column 'a'", "'1.50'", "--decimal .")
 
 
 def test_kinds_as_told(tmp_path):
@@ -307,6 +373,30 @@ def test_kinds_as_told(tmp_path):
     assert refused(command("impute", source, "--dry-run", "--ignore", "zip", "--numeric", "zip"), "named twice")
     source.write_text("a,b\n1,x\n2,y\n")
     assert refused(command("impute", source, "--dry-run", "--numeric", "b"), "column 'b'", "'x'", "--numeric")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])
+def test_ordered_levels_as_told(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=120)
+    table = pd.DataFrame({"x": x.round(3), "size": np.array(["S", "M", "L"])[np.digitize(x, [-0.5, 0.5])]})
+    holes = table.mask(rng.random(table.shape) < [0.0, 0.3])
+    source, out, model = tmp_path / f"in{suffix}", tmp_path / f"out{suffix}", tmp_path / "a.model"
+    write = holes.to_parquet if suffix == ".parquet" else partial(holes.to_csv, sep="\t" if suffix == ".tsv" else ",")
+    write(source, index=False)
+    read = pd.read_parquet if suffix == ".parquet" else partial(pd.read_csv, sep="\t" if suffix == ".tsv" else ",")
+    missing = holes["size"].isna()
+    for words in (["--method", "knn"], ["--method", "autoencoder", "--save", model], ["--model", model]):
+        told = [] if "--model" in words else ["--ordered", "size=S<M<L"]
+        result = command("impute", source, "-o", out, "--force", *words, *told)
+        assert result.exit_code == 0 and "ordered" in result.output, result.output
+        filled = read(out)["size"]
+        assert (filled[~missing] == holes.loc[~missing, "size"]).all() and filled[missing].isin(["S", "M", "L"]).all()
+        codes, truth = (s[missing].map({"S": 0, "M": 1, "L": 2}) for s in (filled, table["size"]))
+        assert (codes - truth).abs().max() <= 1  # neighbours of the truth at worst: the order was used
+    for words, said in ((["size=S<M"], ["row", "'L'", "--ordered"]), (["siz=S<M<L"], ["'siz'", "lacks"]),
+                        (["size"], ["LOWEST"]), (["size=S<S"], ["each level once"])):
+        assert refused(command("impute", source, "-o", tmp_path / f"b{suffix}", "--ordered", *words), *said)
 
 
 def test_describe_shows_patterns_and_little(tmp_path):
@@ -360,6 +450,28 @@ def test_parquet_keeps_types(tmp_path):
     assert all(after[c].null_count == 0 for c in after.column_names if c != "when")
     command("impute", source, "-o", tmp_path / "long.parquet", "--method", "knn", "--n-samples", 2, "--long")
     assert pq.read_table(tmp_path / "long.parquet")["imputation"].to_pylist() == [1] * 12 + [2] * 12
+
+
+def test_parquet_fills_within_the_type(tmp_path):
+    rows, source, target = range(60), tmp_path / "in.parquet", tmp_path / "out.parquet"
+    line = pa.table(
+        {
+            "x": pa.array(map(float, rows)),
+            "small": pa.array([5 * i if i < 51 else None for i in rows], pa.uint8()),  # the line goes on to 295
+            "price": pa.array([Decimal(i) / 5 if i < 50 else None for i in rows], pa.decimal128(3, 2)),
+            "big": pa.array([2**63 - 1 if i else None for i in rows], pa.int64()),
+            "code": pa.array([i % 3 if i else None for i in rows]),
+            "word": pa.array(["1"] * 60),
+        }
+    )
+    pq.write_table(line, source)
+    told = ["--method", "ice", "--ordered", "code=0<1<2"]
+    result = command("impute", source, "-o", target, *told)
+    assert result.exit_code == 0, result.output
+    after = pq.read_table(target)
+    assert same_where_seen(line, after) and not any(c.null_count for c in after.columns)
+    assert after["small"].to_pylist()[-1] == 255 and after["price"].to_pylist()[-1] == Decimal("9.99")
+    assert refused(command("describe", source, "--numeric", "word"), "column 'word' is of type string")
 
 
 def test_same_where_seen_sees_a_rounded_cell():
@@ -476,6 +588,17 @@ def test_parquet_by_row_groups(tmp_path):
     assert refused(
         command("impute", tmp_path / "bad.parquet", "-o", tmp_path / "c.parquet", "--model", model), "another table"
     )
+    coded = pq.read_table(source)
+    word = coded["word"].dictionary_encode()
+    pq.write_table(coded.set_column(4, "word", word), tmp_path / "coded.parquet", row_group_size=4)  # levels differ
+    done = command("impute", tmp_path / "coded.parquet", "-o", tmp_path / "e.parquet", "--model", model)
+    assert done.exit_code == 0, done.output
+    assert pq.read_table(tmp_path / "e.parquet")["word"].to_pylist() == whole["word"].to_pylist()
+    pq.write_table(coded[:0], tmp_path / "none.parquet")
+    (tmp_path / "c.parquet").write_text("old")
+    none = command("impute", tmp_path / "none.parquet", "-o", tmp_path / "c.parquet", "--model", model, "--force")
+    assert refused(none, "no rows") and (tmp_path / "c.parquet").read_text() == "old"
+    (tmp_path / "c.parquet").unlink()
     late = pq.read_table(source).to_pandas()
     late.loc[50, "word"] = "new"  # in the last group: the first two are written by then
     late.to_parquet(tmp_path / "late.parquet", index=False, row_group_size=25)
@@ -499,6 +622,13 @@ def test_report_stands_alone(tmp_path, method):
     page = (tmp_path / "r.html").read_text()
     assert "http" not in page and "<script" not in page and "<b>$w" not in page and "&lt;b&gt;$w" in page
     assert page.count("data:image/png;base64,") == 6 and ("gives no draws" in page) == (method == "mean")
+
+
+def test_report_of_a_column_that_is_all_but_constant(tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text("a,b\n9007199254740993,2\n,3\n9007199254740995,\n")
+    words = ["--method", "mean", "--report", tmp_path / "r.html"]
+    assert command("impute", source, "-o", tmp_path / "o.csv", *words).exit_code == 0
 
 
 # --- interrupted writing: the old output stays whole ------------------------------------------------------------------

@@ -819,3 +819,13 @@ for message, call in cases.items():
     root = Path(metrics.__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kinds_say_what_training_rows_do_not_show():
+    "A count of which the training rows hold 0 and 1 only looks like a boolean; a 2 in a test row would be refused."
+    train = pd.DataFrame({"count": [0.0, 1.0, 0.0, 1.0], "x": [0.1, 1.2, 2.1, 3.3]})
+    test = pd.DataFrame({"count": [2.0, 0.0, 1.0], "x": [0.5, 1.5, 2.5]})
+    y, z = np.arange(4.0), np.arange(3.0)
+    with pytest.raises(ValueError, match="'count'"):
+        post_imputation_score(train, y, test, z)
+    assert post_imputation_score(train, y, test, z, kinds={"count": "number"}) <= 1

@@ -2,16 +2,21 @@
 
 import base64
 import json
+import os
 import re
 import shlex
+from pathlib import Path
 
 import pandas as pd
+import pytest
 from conftest import ROOT
 from typer.testing import CliRunner
+from write_readme import MARKS, news
 
 import missingbook
 from missingbook.practice.cli import app
 
+DATA = Path(os.environ.get("MISSINGBOOK_DATA", "")) / "uci"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +40,24 @@ def test_commands_run(tmp_path, monkeypatch):
     for line in lines:
         result = CliRunner().invoke(app, [*shlex.split(line), "--force"])
         assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="needs the development data: set MISSINGBOOK_DATA")
+def test_transcript_is_what_the_command_prints(tmp_path):
+    "The columns as understood, cell by cell; of what was filled, the counts (the forests take half a minute)."
+    (shown,) = re.findall(f"{re.escape(MARKS[0])}(.*?){re.escape(MARKS[1])}", README, re.S)
+    table = news()
+    table.to_csv(tmp_path / "news.csv", index=False)
+    words = ["impute", str(tmp_path / "news.csv"), "--ordered", "shares=few<some<many", "--dry-run"]
+    result = CliRunner().invoke(app, words)
+    understood = [line.rstrip() for line in result.output.split("\n\n")[0].splitlines()]
+    lines = [line.rstrip() for line in shown.splitlines()]
+    assert len(understood) == 41 and lines[2:43] == understood
+    for column, count in table.isna().sum().items():
+        found = [line for line in lines[43:] if line.split()[:1] == [column] and f" {count} " in line]
+        assert count == 0 or len(found) == 1, column
+    total = f"{table.isna().to_numpy().sum():,}"
+    assert f"{total} of {total} missing cells filled by 'trees'." in lines
 
 
 def test_make_targets_exist():

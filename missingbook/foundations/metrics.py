@@ -368,20 +368,21 @@ def _combine(predictions: Sequence[np.ndarray], classes: bool) -> np.ndarray:
 # %% ../../nbs/01_foundations/06_metrics.ipynb #0230c1ac
 def post_imputation_score(
     X_train: Tables, y_train: np.ndarray | pd.Series, X_test: Tables, y_test: np.ndarray | pd.Series,
-    *, task: str | None = None, model: Any = None,
+    *, task: str | None = None, model: Any = None, kinds: dict | None = None,
 ) -> float:
     """Accuracy (classes) or R² (numbers) on test rows of a model trained on imputed training rows (VAEAC, A.2).
 
     X: imputed tables, or draws, (n_samples, rows, features) or a list of DataFrames: training rows are stacked over
     draws, test predictions averaged or put to a vote. model: any scikit-learn estimator; None: linear or logistic
-    regression. Columns are encoded and standardized by the training rows. Raises ValueError for holes, for other row
+    regression. Columns are encoded and standardized by the training rows; kinds as in `TableEncoder`, for columns of which
+    these rows do not show what they are. Raises ValueError for holes, for other row
     counts, for rows of a target in another order, and where R² has no spread to explain."""
     train, test = _draw_list(X_train, len(y_train), "X_train"), _draw_list(X_test, len(y_test), "X_test")
     classes = _is_classification(y_train, task)
     _check_rows(train, y_train, "train", spread=False)
     _check_rows(test, y_test, "test", spread=not classes)
     stacked = pd.concat(train) if isinstance(train[0], pd.DataFrame) else np.concatenate(train)
-    encoder = TableEncoder(scale="standard").fit(stacked)
+    encoder = TableEncoder(kinds=kinds, scale="standard").fit(stacked)
     fitted = clone(model) if model is not None else _simple_model(classes)
     fitted.fit(_encoded(encoder, stacked, "X_train"), np.tile(np.asarray(y_train), len(train)))
     predicted = _combine([fitted.predict(_encoded(encoder, d, "X_test")) for d in test], classes)
