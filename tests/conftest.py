@@ -13,7 +13,7 @@ if "MISSINGBOOK_DATA" not in os.environ and _DATA.is_dir():
     os.environ["MISSINGBOOK_DATA"] = str(_DATA)
 
 # every module but those of practice, whose functions are pickled into worker processes
-_hook = install_import_hook(["missingbook.foundations"], "beartype.beartype")
+_hook = install_import_hook(["missingbook.foundations", "missingbook.flows"], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")
