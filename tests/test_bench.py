@@ -242,6 +242,16 @@ def test_workers_end_with_the_bench_that_started_them(tmp_path):
     assert not Path(f"/proc/{worker}").exists()
 
 
+def test_a_draft_that_was_left_is_swept_away(tmp_path):
+    old, new = (tmp_path / "vaeac" / "iris" / f".mean-mcar-0.5-{k}.json.1.tmp" for k in (0, 1))
+    old.parent.mkdir(parents=True)
+    for draft in (old, new):
+        draft.write_text("{")
+    os.utime(old, (0, 0))
+    bench([], tmp_path, verbose=False)
+    assert [p.name for p in old.parent.iterdir()] == [new.name]
+
+
 def test_plans():
     jobs = plan("vaeac", ["iris"], ["mean", "knn"], seeds=2)
     assert [j.seed for j in jobs] == [0, 1, 0, 1] and {j.rate for j in jobs} == {0.5}

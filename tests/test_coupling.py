@@ -472,6 +472,14 @@ def test_masks(monkeypatch):
     (lambda: toy_flow().log_prob(torch.tensor([[0.0, torch.nan]])), "1 NaN"),
     (lambda: toy_flow().log_prob(torch.tensor([[0.0, torch.inf]])), "1 NaN or infinite"),
     (lambda: GaussianBase(3).log_prob(torch.zeros(2, 4)), "3"),
+    (lambda: GaussianBase(2).log_prob(torch.zeros(2, 2, 2)), "the base takes .batch, 2"),
+    (lambda: GaussianBase(2).sample(-1), "n=-1"),
+    (lambda: GaussianBase(2).sample(3, math.inf), "temperature=inf"),
+    (lambda: affine(half_mask(4), bound=math.inf), "bound=inf"),
+    (lambda: affine(half_mask(4))(torch.zeros(3, 4, 2)), "built for .batch, 2.: flatten"),
+    (lambda: Flow([Logit(0.0)], GaussianBase(2)).log_prob(torch.tensor([[0.0, 0.5]])), "ends only with a margin"),
+    (lambda: Flow([Logit(0.0)], GaussianBase(2)).log_prob(torch.tensor([[1.0, 0.5]])), "ends only with a margin"),
+    (lambda: Flow([Logit(1e-9)], GaussianBase(2)).log_prob(torch.tensor([[1.0, 0.5]])), "ends only with a margin"),
     (lambda: dequantize(torch.tensor([17.0]), 17), "levels − 1 = 16"),
     (lambda: dequantize(torch.tensor([0.5]), 17), "whole"),
     (lambda: dequantize(torch.tensor([torch.nan]), 17), "whole"),
@@ -484,10 +492,26 @@ def test_clear_errors(call, words):
     (lambda: AffineCoupling(torch.ones(4), nn.Identity()), "use bool"),
     (lambda: affine(half_mask(4))(torch.zeros(3, 4, dtype=torch.int64)), "float32 or float64"),
     (lambda: affine(half_mask(4))(torch.zeros(3, 4, dtype=torch.bfloat16)), "float32 or float64"),
-    (lambda: toy_flow().log_prob(torch.zeros(3, 2, dtype=torch.int64)), "float32 or float64"),
+    (lambda: toy_flow().log_prob(torch.zeros(3, 2, dtype=torch.int64)), "float32 or float64 .dequantize"),
+    (lambda: affine(half_mask(4))(torch.zeros(3, 4, dtype=torch.float64)), "weights are torch.float32: use x.to"),
+    (lambda: affine(half_mask(4)).double().inverse(torch.zeros(3, 4)), "weights are torch.float64: use x.to"),
 ])
 def test_clear_type_errors(call, words):
     refuses(call, TypeError, words)
+
+
+def test_whatever_the_door_lets_in_has_a_density():
+    """The old door compared x with the margin, not p as computed: at the very edge it let NaN through."""
+    for alpha in (0.0, 1e-9, 0.001, 0.05, 0.3):
+        flow = Flow([Logit(alpha)], GaussianBase(1))
+        room = alpha / (1 - 2 * alpha)
+        for end in (-room, 0.0, 1.0, 1 + room):
+            near = torch.tensor(end) + torch.arange(-4, 5) * 2**-24
+            for x in near.view(-1, 1, 1):
+                try:
+                    assert torch.isfinite(flow.log_prob(x)).all(), (alpha, x)
+                except ValueError:
+                    assert not 0 < alpha + (1 - 2 * alpha) * x < 1
 
 
 def check_dequantize():

@@ -357,9 +357,33 @@ def test_gpu(digits):
     (lambda: image().log_prob(torch.zeros(2, 16)), "shape"),
     (lambda: image().inverse(torch.zeros(2, 15)), "needed is .batch, 16"),
     (lambda: image().log_prob(torch.full((2, 1, 4, 4), 3.0)), "between 0 and 1"),
+    (lambda: ImageRealNVP((1, 8, 8), n_scales=0), "n_scales is 0"),
+    (lambda: ImageRealNVP((8, 8)), "channels, height, width"),
+    (lambda: ImageRealNVP((1, 0, 8)), "channels, height, width"),
+    (lambda: image(n_couplings=0), "n_couplings=0"),
+    (lambda: image(hidden=0), "hidden=0"),
+    (lambda: image(n_blocks=-1), "n_blocks=-1"),
+    (lambda: Squeeze()(torch.zeros(1, 1, 3, 4)), "both sides even"),
+    (lambda: Squeeze().inverse(torch.zeros(1, 3, 4, 4)), "multiple of 4"),
+    (lambda: MultiScale([Squeeze(), Squeeze()], [(4, 4, 4)]), "2 stages"),
+    (lambda: MultiScale([], []), "0 stages"),
+    (lambda: RealNVP(3).log_prob(torch.zeros(2, 3, 5)), "flatten"),
+    (lambda: fit_base(RealNVP(3), torch.full((4, 3), torch.nan)), "12 NaN"),
+    (lambda: fit_base(RealNVP(3, alpha=0.05), torch.full((4, 3), 255.0)), "between 0 and 1"),
+    (lambda: train_flow(RealNVP(3), torch.zeros(0, 3), quiet()), "no rows"),
+    (lambda: train_flow(RealNVP(3), torch.zeros(4, 3), quiet(), x_judge=torch.zeros(0, 3)), "no rows"),
 ])
 def test_clear_errors(call, words):
     refuses(call, ValueError, words)
+
+
+def test_float64_data_meet_float32_weights():
+    """What NumPy and pandas hand over; the remedy in the message works."""
+    x = torch.rand(6, 4, dtype=torch.float64, generator=seed())
+    for call in (lambda: RealNVP(4).log_prob(x), lambda: fit_base(RealNVP(4), x),
+                 lambda: train_flow(RealNVP(4), x, quiet())):
+        refuses(call, TypeError, "weights are torch.float32: use x.to")
+    assert torch.isfinite(RealNVP(4).to(x.dtype).log_prob(x)).all()
 
 
 def test_scales_that_fit():

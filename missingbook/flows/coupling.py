@@ -27,7 +27,7 @@ class Conditioner(nn.Module):
     n_hidden hidden layers of `hidden` units (None: n_in + n_out, the data's width) with LeakyReLU, slope 0.01. With 3,
     four layers as in MCFlow. zero_last: the last layer begins at zero, so that a coupling begins as the identity; the
     layers before it then get no gradient in the very first step. Weights are drawn as `nn.Linear` does, from generator.
-    Raises ValueError for sizes below 1."""
+    Raises ValueError for sizes below 1, and for input that is not (batch, n_in)."""
 
     def __init__(self, n_in: int, n_out: int, n_heads: int = 2, hidden: int | None = None, n_hidden: int = 3,
                  zero_last: bool = True, generator: torch.Generator | None = None):
@@ -50,6 +50,9 @@ class Conditioner(nn.Module):
             nn.init.zeros_(self.biases[-1])
 
     def forward(self, kept: Float[Tensor, "batch n_in"]) -> Float[Tensor, "heads batch n_out"]:
+        if kept.ndim != 2 or kept.shape[1] != self.first.shape[1]:
+            raise ValueError(f"the kept entries have shape {tuple(kept.shape)}; this network was built for "
+                             f"(batch, {self.first.shape[1]}): flatten pictures, x.flatten(1), or use an image flow")
         h = F.linear(kept, self.first, self.first_bias)  # the heads side by side: one product
         h = h.unflatten(1, (self.n_heads, -1)).transpose(0, 1)
         for weight, bias in zip(self.weights, self.biases, strict=True):
@@ -63,7 +66,9 @@ def _check_features(x: Tensor, width: int) -> None:
     if x.ndim < 2 or x.shape[1] != width:
         raise ValueError(f"x has shape {tuple(x.shape)}; this layer was built for (batch, {width}) features or channels")
     if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x is {x.dtype}; use float32 or float64 (lower precision only inside the networks, by autocast)")
+        remedy = "lower precision only inside the networks, by autocast"
+        remedy = remedy if x.is_floating_point() else "dequantize whole numbers first"
+        raise TypeError(f"x is {x.dtype}; use float32 or float64 ({remedy})")
 
 # %% ../../nbs/03_flows/01_coupling.ipynb #2cd240c6
 class _Coupling(nn.Module):
@@ -88,6 +93,10 @@ class _Coupling(nn.Module):
     def _parameters_for(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the conditioner says, in the precision of x, and the entries that it is about."""
         _check_features(x, self.width)
+        weight = next(self.conditioner.parameters(), x)
+        if {x.dtype, weight.dtype} == {torch.float32, torch.float64}:  # NumPy's float64 meets PyTorch's float32
+            raise TypeError(f"x is {x.dtype}, the weights are {weight.dtype}: use x.to({weight.dtype}), "
+                            f"or flow.to({x.dtype})")
         old = x.index_select(1, self.changed)
         out = self.conditioner(x.index_select(1, self.kept))
         if out.shape != (self.n_heads, *old.shape):
@@ -111,8 +120,8 @@ class AffineCoupling(_Coupling):
     def __init__(self, coupling_mask: Tensor, conditioner: nn.Module, bound: float | int = 1.0,
                  learn_bound: bool = False):
         super().__init__(coupling_mask, conditioner)
-        if not bound > 0:
-            raise ValueError(f"bound={bound}: the log-scale lies between −bound and bound; use a number above 0")
+        if not 0 < bound < math.inf:
+            raise ValueError(f"bound={bound}: the log-scale lies between −bound and bound; use a finite number above 0")
         self.bound = nn.Parameter(torch.full((len(self.changed),), float(bound))) if learn_bound else float(bound)
 
     def _log_scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,8 +260,10 @@ class GaussianBase(_GaussianParameters):
     """N(mean, covariance) over (batch, width); begins as N(0, I). Buffers, not parameters: `set` changes them."""
 
     def log_prob(self, z: Float[Tensor, "batch width"]) -> Float[Tensor, " batch"]:
-        """log N(z; mean, covariance), a row. Raises for a wrong width or dtype."""
+        """log N(z; mean, covariance), a row. Raises for a wrong shape or dtype."""
         _check_features(z, len(self.mean))
+        if z.ndim != 2:
+            raise ValueError(f"z has shape {tuple(z.shape)}; the base takes (batch, {len(self.mean)})")
         constant = -0.5 * z.shape[1] * math.log(2 * math.pi)
         if self.standard:
             return constant - 0.5 * z.square().sum(1)
@@ -263,8 +274,10 @@ class GaussianBase(_GaussianParameters):
     def sample(
         self, n: int, temperature: float | int = 1.0, generator: torch.Generator | None = None
     ) -> Float[Tensor, "n width"]:
-        """mean + temperature · L ε, n rows. Raises ValueError for a negative temperature."""
-        if not temperature >= 0:
+        """mean + temperature · L ε, n rows. Raises ValueError for n or temperature below 0."""
+        if n < 0:
+            raise ValueError(f"n={n}: the number of draws, 0 or more")
+        if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature={temperature}: use 1 for the distribution itself, 0 for its mean")
         home = generator.device if generator is not None else self.mean.device
         noise = torch.randn(n, len(self.mean), generator=generator, device=home, dtype=self.mean.dtype)
@@ -287,16 +300,19 @@ class Flow(nn.Module):
     def inverse(self, z: Float[Tensor, "batch *latent"]) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, " batch"]]:
         return self.layers.inverse(z)
 
+    def check(self, x: Float[Tensor, "batch *shape"]) -> None:
+        """ValueError for NaN and infinite entries, and for those that the first layer cannot take."""
+        if not torch.isfinite(x).all():
+            raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite entries; "
+                             "fill them first, or use an imputer")
+        getattr(self.layers.layers[0], "check", lambda x: None)(x)
+
     def log_prob(self, x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
-        """log p(x), a row, in nats. Raises ValueError for NaN and infinite entries, for those that the first layer cannot
-        take, and for a wrong width.
+        """log p(x), a row, in nats. Raises what `check` does, and ValueError for a wrong width.
 
         On a GPU entries are looked at outside of training only: a look is a wait in every step."""
         if not (x.is_cuda and self.training):
-            if not torch.isfinite(x).all():
-                raise ValueError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite entries; "
-                                 "fill them first, or use an imputer")
-            getattr(self.layers.layers[0], "check", lambda x: None)(x)
+            self.check(x)
         z, log_det = self(x)
         return self.base.log_prob(z) + log_det
 
@@ -317,7 +333,7 @@ def dequantize(
     y = x if x.dtype in (torch.float32, torch.float64) else x.float()
     if y.numel() and not ((y == y.round()) & (y >= 0) & (y <= levels - 1)).all():
         raise ValueError(f"x must hold whole numbers from 0 to levels − 1 = {levels - 1}; "
-                         f"found values from {y.min():g} to {y.max():g}. Round or rescale first, or give other levels")
+                         f"found values from {y.min():g} to {y.max():g}. Fill NaN, round or rescale first, or give other levels")
     home = generator.device if generator is not None else y.device
     noise = torch.rand(y.shape, generator=generator, device=home, dtype=y.dtype).to(y.device)
     return ((y + noise) / levels).clamp(max=1 - torch.finfo(y.dtype).eps / 2)  # 255 + u may round to 256
@@ -345,11 +361,13 @@ class Logit(nn.Module):
         self.alpha = alpha
 
     def check(self, x: Tensor) -> None:
-        """ValueError for entries beyond the margin around [0, 1]."""
-        room = self.alpha / (1 - 2 * self.alpha)
-        if x.numel() and (x.min() < -room or x.max() > 1 + room):
-            raise ValueError(f"x has entries from {x.min():.3g} to {x.max():.3g}; with a Logit they lie between 0 and 1: "
-                             "dequantize or rescale first")
+        """ValueError for entries at or beyond the margin around [0, 1], where p, as computed, leaves (0, 1)."""
+        if x.numel() == 0:
+            return
+        low, high = (self.alpha + (1 - 2 * self.alpha) * end for end in (x.min(), x.max()))
+        if not (low > 0 and high < 1):
+            raise ValueError(f"x has entries from {x.min():.3g} to {x.max():.3g}; a Logit takes those between 0 and 1, "
+                             f"the ends only with a margin (alpha={self.alpha}): dequantize or rescale first")
 
     def forward(self, x: Float[Tensor, "batch *shape"]) -> tuple[Float[Tensor, "batch *shape"], Float[Tensor, " batch"]]:
         p = self.alpha + (1 - 2 * self.alpha) * x

@@ -31,12 +31,18 @@ def _check_shape_and_scale(alpha: float | int, k: float | int = 1.0, most: float
         raise ValueError(f"k={k!r}: the inverse scale must be above 0 and finite")
 
 
+def _exact_power(v: Float[Tensor, "*shape"], alpha: float | int) -> Float[Tensor, "*shape"]:
+    """|v|^α with gradient 0 at v = 0, where autograd's own would be 0 · ∞ = NaN for α < 1."""
+    flat = v == 0
+    return torch.where(flat, 0.0, torch.where(flat, 1.0, v.abs()) ** alpha)
+
+
 def hyperlaplacian_log_prob(v: Float[Tensor, "*shape"], alpha: float | int, k: float | int) -> Float[Tensor, "*shape"]:
     """log p(v) = log α + (log k)/α − log 2 − log Γ(1/α) − k|v|^α, entry by entry; k has the unit of v to the −α.
 
-    Raises ValueError for alpha or k not above 0."""
+    Its gradient at the cusp v = 0 is given as 0. Raises ValueError for alpha or k not above 0."""
     _check_shape_and_scale(alpha, k)
-    return math.log(alpha) + math.log(k) / alpha - math.log(2) - math.lgamma(1 / alpha) - k * v.abs() ** alpha
+    return math.log(alpha) + math.log(k) / alpha - math.log(2) - math.lgamma(1 / alpha) - k * _exact_power(v, alpha)
 
 # %% ../../nbs/03_flows/03_hyperlaplacian.ipynb #c1b26849
 def sample_hyperlaplacian(
@@ -91,17 +97,21 @@ def fit_hyperlaplacian(
 ) -> HyperLaplacianFit:
     """Maximum likelihood; alpha=None estimates it within bounds, 2 fits a normal and 1 a Laplace distribution.
 
-    Raises ValueError for unusable values, and where no maximum lies inside the bounds: exact zeros among v make the
-    likelihood grow for ever as alpha → 0. TypeError for integers."""
+    Raises ValueError for unusable values or bounds, and where no maximum lies inside the bounds: exact zeros among v make
+    the likelihood grow for ever as alpha → 0. TypeError for integers."""
     _check_values(v)
     v = v.double()
     if alpha is None:
+        if not 0 < bounds[0] < bounds[1] < math.inf:
+            raise ValueError(f"bounds={bounds}: give (low, high) with 0 < low < high, both finite")
         grid = np.geomspace(*bounds, 30)
         best = int(np.argmax([profile_log_likelihood(v, a) for a in grid]))
         if best in (0, len(grid) - 1):
             zeros = (v == 0).double().mean().item()
+            noise = zeros > 0 and best == 0
+            remedy = "add uniform noise of one grey level to the pixels" if noise else "use other bounds or more values"
             raise ValueError(f"the likelihood is highest at the edge alpha={grid[best]:.3g} of bounds={bounds}; {zeros:.1%} of "
-                             "the values are exactly 0: add uniform noise of one grey level to the pixels, or give alpha")
+                             f"the values are exactly 0: {remedy}, or give alpha")
         ends = grid[best - 1], grid[best + 1]
         found = minimize_scalar(lambda a: -profile_log_likelihood(v, a), bounds=ends, method="bounded")
         alpha = float(found.x)
@@ -125,7 +135,10 @@ def filter_response(
 ) -> Float[Tensor, "n channels _ _"]:
     """x ∗ f for every channel, where the kernel lies wholly inside; empty where the picture is smaller than the kernel.
 
-    Written as a sum of shifted pictures, one a tap: several times faster than conv2d for kernels this small."""
+    Written as a sum of shifted pictures, one a tap: several times faster than conv2d for kernels this small.
+    Raises TypeError for integers."""
+    if not x.is_floating_point():
+        raise TypeError(f"x is {x.dtype}: differences of integers wrap around; pass floats, such as x.float() / 255")
     (rows, columns), kernel = kernel.shape, kernel.to(x)
     height, width = max(x.shape[-2] - rows + 1, 0), max(x.shape[-1] - columns + 1, 0)
     flipped = kernel.flip(0, 1)  # a convolution, not a correlation
@@ -134,11 +147,8 @@ def filter_response(
 
 # %% ../../nbs/03_flows/03_hyperlaplacian.ipynb #b4062857
 def _power(v: Float[Tensor, "*shape"], alpha: float | int, eps: float | int) -> Float[Tensor, "*shape"]:
-    """(v² + ε²)^(α/2); for ε = 0 |v|^α with gradient 0 at 0 (autograd's own would be 0 · ∞ = NaN)."""
-    if eps > 0:
-        return torch.hypot(v, v.new_tensor(eps)) ** alpha
-    flat = v == 0
-    return torch.where(flat, 0.0, torch.where(flat, 1.0, v.abs()) ** alpha)
+    """(v² + ε²)^(α/2); for ε = 0 the exact |v|^α."""
+    return torch.hypot(v, v.new_tensor(eps)) ** alpha if eps > 0 else _exact_power(v, alpha)
 
 
 def _kernels(x: Tensor, filters: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
@@ -148,8 +158,9 @@ def _kernels(x: Tensor, filters: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
     if not x.is_floating_point():
         raise TypeError(f"x is {x.dtype}: pass floats, such as x.float() / 255")
     filters = derivative_filters(1) if filters is None else tuple(filters)
-    if not filters or any(f.ndim != 2 or not f.is_floating_point() or not f.any() for f in filters):
-        raise ValueError("filters must be one or more kernels of floats, (rows, columns), none of them all zero")
+    if not filters or any(f.ndim != 2 or not f.is_floating_point() or not f.any() or not f.isfinite().all()
+                          for f in filters):
+        raise ValueError("filters must be one or more finite kernels of floats, (rows, columns), none of them all zero")
     return tuple(f.to(x) for f in filters)
 
 
@@ -162,8 +173,10 @@ def hyperlaplacian_energy(
     """E(x) = Σ_j Σ ((x ∗ f_j)² + ε²)^(α/2) of each picture (PRFlow section 3.1): −log prior up to factor and constant.
 
     filters: kernels; None is derivative_filters(1). eps, in units of x: 0 is exact, 1e-3 fits descent of pictures in
-    [0, 1]. Raises ValueError for alpha outside (0, 2], eps < 0, shapes, empty kernels; TypeError for integers."""
+    [0, 1]. Half precision is added up, and comes back, in float32. Raises ValueError for alpha outside (0, 2], eps < 0,
+    shapes, unusable kernels; TypeError for integers."""
     _check_shape_and_scale(alpha, most=2)
+    x = x.float() if x.is_floating_point() and x.element_size() < 4 else x
     kernels = _kernels(x, filters)
     if not 0 <= eps < math.inf:
         raise ValueError(f"eps={eps!r}: the smoothing is a size of differences, 0 or more")
@@ -194,11 +207,12 @@ def _solve(z: Tensor, missing: Tensor, weights: list[Tensor], kernels: Sequence[
     diagonal = torch.where(diagonal > 0, diagonal, 1.0)  # a pixel that no kernel touches is left alone
     residual = -gradient(z)
     direction = scaled = residual / diagonal
-    norm = dot(residual, scaled)
+    norm, limits = dot(residual, scaled), torch.finfo(z.dtype)
+    floor = (norm * limits.eps**2).clamp(min=limits.tiny)  # below: rounding errors only, and soon 0 / 0
     for _ in range(steps):
         ahead = gradient(direction)
         curvature = dot(direction, ahead)
-        step = torch.where(curvature > 0, norm / curvature, 0.0)  # 0 where a picture is solved already
+        step = torch.where((curvature > 0) & (norm > floor), norm / curvature, 0.0)  # 0 where solved
         z, residual = z + step * direction, residual - step * ahead
         scaled = residual / diagonal
         before, norm = norm, dot(residual, scaled)
@@ -249,6 +263,16 @@ def _widths(x: Tensor, seen: Tensor, eps: float | int, stages: int) -> list[Tens
     shares = torch.linspace(0, 1, stages - 1).tolist() if stages > 2 else [1.0] * (stages - 1)
     return [torch.full_like(start, math.inf)] + [start * (eps / start) ** share for share in shares]
 
+
+def _begin(clean: Tensor, seen: Tensor, start: Tensor | None) -> Tensor:
+    """clean, which is 0 where missing, with `start` there; None: with the mean of the channel's observed pixels."""
+    if start is None:
+        start = clean.sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True)
+    elif start.shape != clean.shape or not (torch.isfinite(start) | seen).all():
+        raise ValueError(f"start has shape {tuple(start.shape)}: it must have that of x, {tuple(clean.shape)}, "
+                         "and be finite wherever x is missing")
+    return torch.where(seen, clean, start.to(clean))
+
 # %% ../../nbs/03_flows/03_hyperlaplacian.ipynb #ae0951d4
 def impute_by_prior(
     x: Float[Tensor, "n channels height width"],
@@ -268,7 +292,7 @@ def impute_by_prior(
     there instead, at eps throughout (a local minimum near it). A picture's result does not depend on the others.
     What x holds where it is missing (NaN too) never matters. verbose: a progress bar after two seconds.
     Raises ValueError for NaN among observed pixels, a picture (or channel) without any, alpha outside (0, 2], kernels
-    larger than the picture, shapes; TypeError for integers."""
+    larger than the picture, shapes, a start with NaN, values too large to be squared; TypeError for integers."""
     _check_shape_and_scale(alpha, most=2)
     if not 0 < eps < math.inf or stages < 1 or steps < 1:
         raise ValueError(f"eps={eps!r}, stages={stages}, steps={steps}: all must be above 0")
@@ -279,20 +303,15 @@ def impute_by_prior(
     kernels = [f for f in _kernels(wide, filters) if f.shape[0] <= x.shape[2] and f.shape[1] <= x.shape[3]]
     if not kernels:
         raise ValueError(f"every kernel is larger than the pictures, {tuple(x.shape[2:])}: pass smaller filters")
-    widths = _widths(wide, seen, eps, stages)
-    z = torch.where(seen, wide, _channel_mean(wide, seen))
-    if start is not None:
-        z, widths = torch.where(seen, wide, start.to(wide)), [torch.full_like(w, eps) for w in widths]
+    z, widths = _begin(wide, seen, start), _widths(wide, seen, eps, stages)
+    widths = widths if start is None else [torch.full_like(w, eps) for w in widths]
     rounds = _stages(z, seen, float(alpha), kernels, widths, steps)
     with torch.no_grad():
         bar = tqdm(rounds, "prior", len(widths), leave=False, delay=2, disable=not verbose)
         z = deque(bar, maxlen=1).pop()  # the last stage; earlier ones are let go
+    if not torch.isfinite(z).all():
+        raise ValueError(f"x reaches {clean.abs().max():.3g}, too large for {wide.dtype}: rescale it to about 0 to 1")
     return torch.where(seen, clean, z.to(x.dtype))
-
-
-def _channel_mean(clean: Tensor, seen: Tensor) -> Tensor:
-    """The mean of the observed pixels of each channel, (n, channels, 1, 1); clean is 0 where missing."""
-    return clean.sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True)
 
 # %% ../../nbs/03_flows/03_hyperlaplacian.ipynb #6f099264
 def _nearest_seen(seen: Bool[Tensor, "*shape"], axis: int) -> tuple[Shaped[Tensor, "*shape"], Shaped[Tensor, "*shape"]]:

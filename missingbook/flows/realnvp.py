@@ -40,9 +40,10 @@ class RealNVP(Flow):
 def fit_base(flow: Flow, x: Float[Tensor, "n *shape"], ridge: float = 1e-4) -> None:
     """Set the base to mean and covariance of what the flow makes of x; ridge · mean variance is added to the diagonal.
 
-    Raises ValueError for fewer than 2 rows."""
+    Raises ValueError for fewer than 2 rows, and for entries that the flow cannot take."""
     if len(x) < 2:
         raise ValueError(f"x has {len(x)} rows; a covariance needs 2 or more")
+    flow.check(x)
     home = next(flow.buffers()).device
     z = in_chunks(lambda rows: flow(rows.to(home))[0], x).double()
     covariance = torch.cov(z.T)
@@ -57,7 +58,10 @@ def train_flow(
     """Maximum likelihood: minimize the mean of −log p(x). With x_judge, the epoch that is best there is kept.
 
     levels: x holds whole numbers from 0 to levels − 1, and is dequantized anew in every epoch. max_norm clips the gradient.
-    The flow ends on the run's device, in evaluation mode."""
+    The flow ends on the run's device, in evaluation mode. Raises ValueError for no rows, else what `Flow.log_prob` does.
+    """
+    if not len(x) or (x_judge is not None and not len(x_judge)):
+        raise ValueError("x or x_judge has no rows; give 1 or more, or x_judge=None to train without a judge")
     flow.to(run.device)
     optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
     run.keep(flow=flow, optimizer=optimizer)
@@ -81,11 +85,16 @@ def train_flow(
 
 # %% ../../nbs/03_flows/02_realnvp.ipynb #984d835a
 class Squeeze(nn.Module):
-    """Each 2 × 2 square of pixels becomes four channels: (c, h, w) → (4c, h/2, w/2). Moves numbers, changes none."""
+    """Each 2 × 2 square of pixels becomes four channels: (c, h, w) → (4c, h/2, w/2). Moves numbers, changes none.
+
+    Raises ValueError for an odd height or width; inverse, for channels that are no multiple of 4."""
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"]
     ) -> tuple[Float[Tensor, "batch channels4 height2 width2"], Float[Tensor, " batch"]]:
+        if x.ndim != 4 or x.shape[2] % 2 or x.shape[3] % 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}; needed is (batch, channels, height, width), "
+                             "both sides even: pad or crop the images")
         b, c, h, w = x.shape  # by hand: PyTorch's pixel_unshuffle leaves an empty batch as it is
         z = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 1, 3, 5, 2, 4).reshape(b, 4 * c, h // 2, w // 2)
         return z, x.new_zeros(b)
@@ -93,6 +102,9 @@ class Squeeze(nn.Module):
     def inverse(
         self, z: Float[Tensor, "batch channels4 height2 width2"]
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+        if z.ndim != 4 or z.shape[1] % 4:
+            raise ValueError(f"z has shape {tuple(z.shape)}; needed is (batch, channels, height, width), "
+                             "channels a multiple of 4")
         b, c, h, w = z.shape
         x = z.reshape(b, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, c // 4, 2 * h, 2 * w)
         return x, z.new_zeros(b)
@@ -101,11 +113,14 @@ class Squeeze(nn.Module):
 class ConvConditioner(nn.Module):
     """Log-scale and shift from the kept channels of an image: 3 × 3 convolutions with residual blocks.
 
-    zero_last: the last convolution begins at zero, so that a coupling begins as the identity."""
+    zero_last: the last convolution begins at zero, so that a coupling begins as the identity. n_blocks: 0 or more.
+    Raises ValueError for other sizes below 1."""
 
     def __init__(self, n_in: int, n_out: int, n_heads: int = 2, hidden: int = 32, n_blocks: int = 1,
                  zero_last: bool = True, generator: torch.Generator | None = None):
         super().__init__()
+        if min(n_in, n_out, n_heads, hidden) < 1 or n_blocks < 0:
+            raise ValueError(f"{n_in=}, {n_out=}, {n_heads=}, {hidden=}, {n_blocks=}: use 1 or more, blocks 0 or more")
         self.n_heads = n_heads
         self.first = nn.Conv2d(n_in, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(
@@ -130,10 +145,14 @@ class MultiScale(nn.Module):
     """Stages one after the other; half of the channels leave after each but the last (Dinh et al. 2017, section 3.6).
 
     stages: invertible layers on images; shapes: (channels, height, width) that each of them gives. What leaves is
-    flattened and joined: the latent vector holds the finest details first."""
+    flattened and joined: the latent vector holds the finest details first. Raises ValueError unless each stage has a
+    shape, and those before the last an even number of channels."""
 
     def __init__(self, stages: list[nn.Module], shapes: list[tuple[int, int, int]]):
         super().__init__()
+        if not stages or len(stages) != len(shapes) or any(c % 2 for c, _, _ in shapes[:-1]):
+            raise ValueError(f"{len(stages)} stages, shapes={shapes}: give one (channels, height, width) a stage, with "
+                             "an even number of channels where half of them leave")
         self.stages, self.shapes = nn.ModuleList(stages), shapes
 
     def forward(
@@ -165,19 +184,24 @@ class MultiScale(nn.Module):
 # %% ../../nbs/03_flows/02_realnvp.ipynb #44e70334
 def _scales(shape: tuple[int, int, int], n_scales: int | None) -> int:
     """How often an image can be squeezed; ValueError where it cannot be squeezed as often as asked."""
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"shape={tuple(shape)}: give (channels, height, width), each 1 or more")
     side, possible = shape[1:], 0
     while all(s % 2 == 0 for s in side):
         side, possible = tuple(s // 2 for s in side), possible + 1
     usual = max(1, min(possible, 3, min(shape[1:]).bit_length() - 2))  # the last squares are 2 × 2 or larger
-    if not 1 <= (n_scales or usual) <= possible:
+    wanted = usual if n_scales is None else n_scales
+    if not 1 <= wanted <= possible:
         raise ValueError(f"shape={tuple(shape)} can be squeezed {possible} times, n_scales is {n_scales}: "
                          "height and width must be divisible by 2 at every scale; pad or crop the images")
-    return n_scales or usual
+    return wanted
 
 
 def _stage(channels: int, n_couplings: int, hidden: int, n_blocks: int, learn_bound: bool, identity: bool,
            generator: torch.Generator | None) -> Sequence:
-    """Squeeze, couplings with checkerboards, couplings with halves of the channels."""
+    """Squeeze, couplings with checkerboards, couplings with halves of the channels; ValueError for no couplings."""
+    if n_couplings < 1:
+        raise ValueError(f"n_couplings={n_couplings}: use 1 or more of each kind at every scale")
     board = torch.tensor([True, False, False, True]).repeat(channels)  # the checkerboard, after a squeeze
     masks = [m for pair in n_couplings * [board] for m in (pair, ~pair)][:n_couplings]
     halves = channel_mask(4 * channels)
@@ -196,13 +220,14 @@ class ImageRealNVP(Flow):
     Each of n_scales: a squeeze, n_couplings with checkerboard and n_couplings with channel masks, then half of the
     channels leave. n_scales None: as many as fit, at most 3. hidden: channels in the networks; alpha: margin of the
     `Logit` for pixels in [0, 1], None for data without walls. No batch normalization: a row's density must not depend on
-    the rows beside it. Raises ValueError for a shape that cannot be squeezed so often."""
+    the rows beside it. Raises ValueError for a shape that cannot be squeezed so often, and for sizes below 1."""
 
     def __init__(self, shape: tuple[int, int, int], n_scales: int | None = None, n_couplings: int = 4, hidden: int = 32,
                  n_blocks: int = 1, generator: torch.Generator | None = None, alpha: float | None = 0.05,
                  learn_bound: bool = True, identity: bool = True):
-        (channels, height, width), stages, shapes = shape, [], []
-        for _ in range(_scales(shape, n_scales)):
+        n_scales, stages, shapes = _scales(shape, n_scales), [], []
+        channels, height, width = shape
+        for _ in range(n_scales):
             stages.append(_stage(channels, n_couplings, hidden, n_blocks, learn_bound, identity, generator))
             height, width = height // 2, width // 2
             shapes.append((4 * channels, height, width))

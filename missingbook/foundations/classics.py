@@ -636,10 +636,11 @@ class _ForestImputer(_LinearStart, _Draws, _ChainedImputer):
 class ExtraTreesImputer(_ForestImputer):
     """Chained equations with extremely randomized trees; `sample` draws from the forest's conditional distribution.
 
-    keep_rounds: keep the forests of every round and let unseen rows repeat them: max_rounds times the memory.
+    keep_rounds: keep the forests of every round and let unseen rows repeat them, as they must where there are many
+    classes; False saves memory, up to max_rounds times.
     max_fit_rows: at most so many rows, chosen by the seed, are used in fitting. n_jobs: processors for each forest."""
 
-    def __init__(self, n_estimators=50, min_samples_leaf=2, max_rounds=4, keep_rounds=False, max_fit_rows=None,
+    def __init__(self, n_estimators=50, min_samples_leaf=2, max_rounds=4, keep_rounds=True, max_fit_rows=None,
                  n_jobs=None, kinds=None, random_state=None, verbose=0):
         self.n_estimators, self.min_samples_leaf, self.max_rounds = n_estimators, min_samples_leaf, max_rounds
         self.keep_rounds = keep_rounds
@@ -657,7 +658,7 @@ class MissForestImputer(_ForestImputer):
 
     min_samples_leaf holds for numbers; a forest of classes has leaves of one row. Others: see `ExtraTreesImputer`."""
 
-    def __init__(self, n_estimators=100, max_features="sqrt", min_samples_leaf=5, max_rounds=10, keep_rounds=False,
+    def __init__(self, n_estimators=100, max_features="sqrt", min_samples_leaf=5, max_rounds=10, keep_rounds=True,
                  max_fit_rows=None, n_jobs=None, kinds=None, random_state=None, verbose=0):
         self.keep_rounds = keep_rounds
         self.n_estimators, self.max_features, self.min_samples_leaf = n_estimators, max_features, min_samples_leaf

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLE_4', 'PROTOCOLS', 'Job', 'read_data', 'fingerprint', 'Split', 'hide_some', 'numbers_of', 'emflow_split',
            'vaeac_split', 'Protocol', 'mean_of', 'column_errors', 'score', 'memory_mb', 'forget_peak', 'run_job',
-           'surroundings', 'write_record', 'read_record', 'is_done', 'Workers', 'bench', 'plan', 'read_records',
-           'compare', 'mean_ranks', 'paired_test', 'overview', 'markdown', 'report', 'plot_report']
+           'surroundings', 'write_record', 'sweep', 'read_record', 'is_done', 'Workers', 'bench', 'plan',
+           'read_records', 'compare', 'mean_ranks', 'paired_test', 'overview', 'markdown', 'report', 'plot_report']
 
 # %% ../../nbs/06_practice/04_bench.ipynb #0fb28c21
 import contextlib
@@ -285,6 +285,13 @@ def write_record(record: dict, path: Path) -> None:
         draft.unlink(missing_ok=True)
 
 # %% ../../nbs/06_practice/04_bench.ipynb #9f8e28a9
+def sweep(folder: Path, older: float = 60.0) -> None:
+    """Remove drafts that a killed bench left half written; one of the last minute may be somebody's at work."""
+    for draft in folder.glob("*/*/.*.json.*.tmp"):
+        if time.time() - draft.stat().st_mtime > older:
+            draft.unlink(missing_ok=True)
+
+
 def read_record(path: Path) -> dict:
     """The record in a file; {} for a file that is absent, damaged or something else."""
     try:
@@ -346,6 +353,7 @@ def bench(jobs: Iterable[Job], folder: Path, workers: int = 1, verbose: bool = T
 
     An interruption loses the runs in hand, no finished one. Failed runs are recorded, and tried again next time."""
     jobs, about, run = list(jobs), surroundings(), run or Workers()
+    sweep(folder)
     waiting = [job for job in jobs if not is_done(job, folder)]
     with ThreadPoolExecutor(workers) as threads:
         futures = {threads.submit(run, job): job for job in waiting}

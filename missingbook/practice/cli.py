@@ -125,7 +125,7 @@ def _complain(path: Path, column: object, seen: "pd.Series", bad: "pd.Series", f
     if foreign.iloc[0]:
         raise ValueError(f"{where} is no number with the decimal mark {decimal!r}; say --decimal {other} if that is the file's mark, "
                          f"take thousands separators out, or say --categorical {column}")
-    why = "though --numeric names the column" if forced else "though most cells of its column are"
+    why = "though the column is said to hold numbers" if forced else "though most cells of its column are"
     raise ValueError(f"{where} is no number, {why}; correct it, empty it, or say --categorical {column}")
 
 # %% ../../nbs/06_practice/03_cli.ipynb #80440ebe
