@@ -1,9 +1,12 @@
 "Shapes in signatures are enforced over the whole suite; the development data are found where they lie."
 
 import os
+import re
 from pathlib import Path
 
+import jaxtyping
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,6 +17,19 @@ if "MISSINGBOOK_DATA" not in os.environ and _DATA.is_dir():
 
 # every module but those of practice, whose functions are pickled into worker processes
 _hook = install_import_hook(["missingbook.foundations", "missingbook.flows"], "beartype.beartype")
+
+
+def seed(number=0):
+    "A generator for torch, seeded."
+    return torch.Generator().manual_seed(number)
+
+
+def refuses(call, kind, words):
+    "`call` raises `kind` with these words, or is stopped before it gets there, where shapes are enforced."
+    with pytest.raises((kind, jaxtyping.TypeCheckError)) as caught:
+        call()
+    if not isinstance(caught.value, jaxtyping.TypeCheckError):
+        assert re.search(words, str(caught.value)), caught.value
 
 
 @pytest.fixture(scope="session")

@@ -372,7 +372,8 @@ def test_kinds_as_told(tmp_path):
     assert refused(command("impute", source, "--dry-run", "--ignore", "nota"), "'nota'", "code, zip, note")
     assert refused(command("impute", source, "--dry-run", "--ignore", "zip", "--numeric", "zip"), "named twice")
     source.write_text("a,b\n1,x\n2,y\n")
-    assert refused(command("impute", source, "--dry-run", "--numeric", "b"), "column 'b'", "'x'", "said to hold numbers")
+    result = command("impute", source, "--dry-run", "--numeric", "b")
+    assert refused(result, "column 'b'", "'x'", "said to hold numbers")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".parquet"])

@@ -1,11 +1,10 @@
 """Invertible layers: round trip, log-determinants against jacfwd, densities, precision, bad input; mutations run."""
 
 import math
-import re
 
-import jaxtyping
 import pytest
 import torch
+from conftest import refuses, seed
 from torch import nn
 from torch.func import jacfwd, vmap
 
@@ -28,18 +27,6 @@ from missingbook.flows.coupling import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 WIDTH = 5
-
-
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
-
-
-def refuses(call, kind, words):
-    """`call` raises `kind` with these words, or is stopped before it gets there, where shapes are enforced."""
-    with pytest.raises((kind, jaxtyping.TypeCheckError)) as caught:
-        call()
-    if not isinstance(caught.value, jaxtyping.TypeCheckError):
-        assert re.search(words, str(caught.value)), caught.value
 
 
 def conditioner(mask, heads=2, **options):

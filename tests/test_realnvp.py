@@ -1,11 +1,10 @@
 """RealNVP for vectors and images: referee, scales, gradients, training, precision, bad input; mutations run."""
 
 import math
-import re
 
-import jaxtyping
 import pytest
 import torch
+from conftest import refuses, seed
 from sklearn.datasets import load_digits
 from torch.func import jacfwd, vmap
 
@@ -31,18 +30,6 @@ from missingbook.foundations.training import TrainingRun
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 SHAPES = {"one channel": (1, 4, 4), "colour, not square": (3, 2, 4), "three scales": (1, 8, 8)}
-
-
-def seed(number=0):
-    return torch.Generator().manual_seed(number)
-
-
-def refuses(call, kind, words):
-    """`call` raises `kind` with these words, or is stopped before it gets there, where shapes are enforced."""
-    with pytest.raises((kind, jaxtyping.TypeCheckError)) as caught:
-        call()
-    if not isinstance(caught.value, jaxtyping.TypeCheckError):
-        assert re.search(words, str(caught.value)), caught.value
 
 
 def quiet(**options):
