@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'share', 'choose_device', 'autocast', 'seed_from', 'seeded', 'Noise', 'RowNoise', 'SharedNoise', 'in_chunks',
            'write_state', 'read_state', 'History', 'plot_history', 'all_finite', 'EarlyStopping', 'Batches',
-           'TrainingDiverged', 'TrainingRun']
+           'TrainingDiverged', 'Stepper', 'TrainingRun']
 
 # %% ../../nbs/01_foundations/08_training.ipynb #ba5e1c0a
 import glob
@@ -187,8 +187,9 @@ def _check_rows(tensors: tuple[Tensor, ...], name: str, size: int) -> None:
         raise ValueError(f"{name}={size!r}: use a whole number of rows, 1 or more")
 
 
-def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, chunk: int = 4096) -> Tensor:
-    """function(*rows) for `chunk` rows at a time, without gradients, joined on the CPU.
+def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, chunk: int = 4096,
+              home: str | torch.device = "cpu") -> Tensor:
+    """function(*rows) for `chunk` rows at a time, without gradients, joined on the device `home`.
 
     Where memory runs out the chunk is halved and the work goes on. Raises MemoryError where one row is too much, and
     ValueError for tensors of different lengths or a chunk below 1."""
@@ -197,7 +198,7 @@ def in_chunks(function: Callable[..., Tensor], *tensors: Tensor, chunk: int = 40
     while start < n or not done:
         try:
             with torch.inference_mode():
-                done.append(function(*(t[start : start + chunk] for t in tensors)).cpu())
+                done.append(function(*(t[start : start + chunk] for t in tensors)).to(home))
             start += chunk
         except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
@@ -488,6 +489,8 @@ class _State(Batches):
             torch.cuda.set_rng_state(state["random"][3], self.device)
         for name, part in self.parts.items():
             part.load_state_dict(_clone(state["parts"][name]))
+        for stepper in self.steppers:
+            stepper.forget()
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
@@ -611,8 +614,22 @@ class _Steps(_Epochs):
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(weights, max_norm)
         optimizer.step()
+        self.count_step(loss)
+
+    def count_step(self, loss: Tensor) -> None:
+        """One step was taken at this loss: the guard looks at it."""
         self._steps += 1
         self._history.add("_guard", loss)  # its weight is no matter: NaN stays NaN
+
+    def adam(self, module: nn.Module, learning_rate: float | int) -> torch.optim.Adam:
+        """Adam over a module's parameters, all in one kernel; on a GPU such that a `Stepper` can record it."""
+        return torch.optim.Adam(module.parameters(), lr=learning_rate, fused=True, capturable=self.device.type == "cuda")
+
+    def stepper(self, values_of: Callable[..., dict[str, Tensor]], optimizer: torch.optim.Optimizer,
+                max_norm: float | int | None = None) -> "Stepper":
+        """Steps down values_of(*batch)["loss"], recorded and replayed on a GPU; see `Stepper`."""
+        self.steppers.append(Stepper(self, values_of, optimizer, max_norm))
+        return self.steppers[-1]
 
     def log(self, **values: Tensor | float | int) -> None:
         """Note losses or scores of this batch; `history` has their means over the epoch."""
@@ -625,6 +642,80 @@ class _Steps(_Epochs):
         The first of several processes decides, or one of them might stop while the others wait for it."""
         value = value.detach() if isinstance(value, Tensor) else value
         self.stopping.watch(share(float(value)), self.networks)
+
+# %% ../../nbs/01_foundations/08_training.ipynb #57e9e002
+class Stepper:
+    """Calls of this object are steps of `optimizer` down values_of(*batch)["loss"]; they return all values, detached.
+
+    On one GPU the step is recorded after a few ordinary ones and replayed for batches of the first one's shape; others,
+    and every step on a CPU or in several processes, are ordinary. Random numbers belong into the batch: what is drawn
+    inside would be recorded. The optimizer must be able to be recorded: take `TrainingRun.adam`."""
+
+    _warm = 3  # ordinary steps before the recording: in them libraries and optimizer set themselves up
+
+    def __init__(self, run: "TrainingRun", values_of: Callable[..., dict[str, Tensor]], optimizer: torch.optim.Optimizer,
+                 max_norm: float | int | None = None):
+        self.run, self.values_of, self.optimizer, self.max_norm = run, values_of, optimizer, max_norm
+        self.stream = torch.cuda.Stream(run.device) if run.device.type == "cuda" else None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the recording. Call it when the memory of weights or of the optimizer's state was replaced."""
+        self.graph, self.place, self.values, self.shapes, self.calls = None, (), {}, None, 0
+
+    def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
+        shapes = [(t.shape, t.dtype) for t in batch]
+        self.shapes = self.shapes or shapes
+        if self.run.device.type != "cuda" or self.run.count > 1 or shapes != self.shapes:
+            return self._ordinary(*batch)
+        if self.graph is None and self.calls < self._warm:
+            self.calls += 1
+            return self._ordinary(*batch)
+        if self.graph is None:
+            self._record(*batch)
+        return self._replay(*batch)
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """On a stream of its own, where a recording must be made; the two streams wait for one another."""
+        if self.stream is None:
+            yield
+            return
+        here = torch.cuda.current_stream(self.run.device)
+        self.stream.wait_stream(here)
+        with torch.cuda.stream(self.stream):
+            yield
+        here.wait_stream(self.stream)
+
+    def _ordinary(self, *batch: Tensor) -> dict[str, Tensor]:
+        with self._aside():
+            with self.run.autocast():
+                values = self.values_of(*batch)
+            self.run.step(values["loss"], self.optimizer, self.max_norm)
+        return {name: value.detach() for name, value in values.items()}
+
+    def _record(self, *batch: Tensor) -> None:
+        """Nothing is computed here: the operations are written down, with the memory they will use."""
+        self.place = [t.clone() for t in batch]
+        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            with self.run.autocast():
+                self.values = self.values_of(*self.place)
+            self.values["loss"].backward()
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self.max_norm)
+            self.optimizer.step()
+        self.graph = graph
+
+    def _replay(self, *batch: Tensor) -> dict[str, Tensor]:
+        for place, tensor in zip(self.place, batch, strict=True):
+            place.copy_(tensor)
+        self.graph.replay()
+        values = {name: value.detach().clone() for name, value in self.values.items()}  # the next replay overwrites them
+        self.run.count_step(values["loss"])
+        return values
 
 # %% ../../nbs/01_foundations/08_training.ipynb #871cb673
 class TrainingRun(_Steps):
@@ -645,7 +736,7 @@ class TrainingRun(_Steps):
         self.precision, self.checkpoint = precision, Path(checkpoint) if checkpoint else None
         self.fingerprint, self.checkpoint_seconds = f"{self.device.type} {self.seed} {fingerprint}", checkpoint_seconds
         self.stopping, self.verbose = EarlyStopping(patience), verbose
-        self.parts, self.networks, self._history = {}, {}, History()
+        self.parts, self.networks, self.steppers, self._history = {}, {}, [], History()
         self.epoch, self.halved, self._steps = 0, False, 0
 
     @property
