@@ -17,6 +17,8 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "SoftSVDImputer": "foundations.classics",
     "DeepImputer": "foundations.imputer",
     "AutoencoderImputer": "foundations.autoencoder",
+    "MCFlowImputer": "flows.mcflow",
+    "PRFlowImputer": "flows.prflow",
 }
 __all__ = sorted(_HOME)
 

@@ -5,15 +5,18 @@
 Time: steps of the flow G and of the network H beside their bare matrix products: the same shapes in the same precision,
 written into memory that is there already, and nothing else. H needs the forward products of G, all of its own, and of
 G's inverse the forward products and the gradients of activations. Contestants take turns in one process, a short
-stretch each; a figure is the median of the ratios within a turn. On a CPU the clock counts the seconds this process
-computed; on a GPU it is the device's own, and the bare products are recorded and replayed, as the steps are.
-Memory: peak of a step, each in a fresh process on a CPU. --public: the authors' code, unpacked in a folder, beside
-ours; nothing of it is kept here. The file holds one entry for the CPU and one for the GPU; a run replaces its own.
+stretch each; a figure is the median of the ratios within a turn. The clock counts the seconds this process computed.
+The clipped step is measured once more, "alone": in a fresh process that holds nothing but it and the products.
+There the allocator may give memory back after every step and pay to get it again, which others beside it prevent.
+Memory: peak of a step, each in a fresh process on a CPU; on a GPU nothing else is measured. --public: the authors'
+code in a folder, beside ours; nothing of it is kept here. The file holds one entry for the CPU and one for the GPU;
+a run replaces its own.
 """
 
 import argparse
 import gc
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -90,18 +93,6 @@ def bare_products(layers: list[Layer], n: int, dtype: torch.dtype, device: torch
     return forward + backward[::-1]
 
 
-def recorded(function: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The function itself on a CPU; on a GPU, a recording of it."""
-    if device.type == "cpu":
-        return function
-    for _ in range(3):
-        function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph.replay
-
-
 def products(layers: list[Layer], n: int, precision: str, device: torch.device) -> Callable[[], None]:
     """A call computes all products of a step."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -111,7 +102,7 @@ def products(layers: list[Layer], n: int, precision: str, device: torch.device) 
         for left, right, out in triples:
             (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=out)
 
-    return recorded(compute, device)
+    return compute
 
 
 class NoStep(torch.optim.SGD):
@@ -148,32 +139,23 @@ def stepping(
     return partial(run.stepper(objective, optimizer, max_norm), x, x, observed)
 
 
-def seconds(function: Callable, calls: int, device: torch.device) -> float:
-    """Seconds a call: of this process on a CPU, of the device on a GPU."""
-    if device.type == "cpu":
-        began = time.process_time()
-        for _ in range(calls):
-            function()
-        return (time.process_time() - began) / calls
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+def seconds(function: Callable, calls: int) -> float:
+    """Seconds a call, of this process."""
+    began = time.process_time()
     for _ in range(calls):
         function()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / calls
+    return (time.process_time() - began) / calls
 
 
-def take_turns(contestants: dict[str, Callable], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def take_turns(contestants: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
     """Seconds a call of each, once in every turn; who begins changes. A stretch is a tenth of a second, or one call."""
     for function in contestants.values():
-        seconds(function, 6 if device.type == "cuda" else 2, device)
+        seconds(function, 2)
     names, times = list(contestants), {name: [] for name in contestants}
-    stretch = 0.02 if device.type == "cuda" else 0.1
-    calls = {name: max(1, round(stretch / seconds(f, 1, device))) for name, f in contestants.items()}
+    calls = {name: max(1, round(0.1 / seconds(f, 1))) for name, f in contestants.items()}
     for k in range(repeats):
         for name in names[k % len(names):] + names[: k % len(names)]:
-            times[name].append(seconds(contestants[name], calls[name], device))
+            times[name].append(seconds(contestants[name], calls[name]))
     return times
 
 
@@ -197,29 +179,32 @@ def counted_flop(function: Callable) -> int:
     return counter.get_total_flops()
 
 
+def only_adam(module: torch.nn.Module, run: TrainingRun) -> Callable[[], None]:
+    """A call takes Adam's step over all weights, with gradients that are there."""
+    adam, weights = run.adam(module, RATE), list(module.parameters())
+    gradients = [torch.zeros_like(weight) for weight in weights]  # held here, for the steps drop what the weights hold
+
+    def step() -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        adam.step()
+
+    step()  # it sets itself up
+    return step
+
+
 def measure_step(which: str, n: int, precision: str, repeats: int, device: torch.device) -> dict:
     """A step of G or H over its products: the gradients alone, with Adam, with Adam and clipping; and Adam in both."""
+    gc.collect()  # networks and runs of the last measurement hold one another
     network, run, layers = new_network(device), TrainingRun(0, device, precision, verbose=False), layers_of(which)
     contestants = {"products": products(layers, n, precision, device),
                    "gradients": stepping(which, network, n, run, "none"),
                    "step": stepping(which, network, n, run, "adam"),
                    "clipped step": stepping(which, network, n, run, "adam", MAX_NORM)}
-    done = counted_flop(contestants["gradients"])  # the first call: on a GPU nothing is recorded yet
+    done = counted_flop(contestants["gradients"])
     assert done == flop(layers, n), f"the step computes {done:,} operations in products, needed are {flop(layers, n):,}"
-    module = network.flow if which == "G" else network.latent
-    adam = run.adam(module, RATE)
-    for weight in module.parameters():
-        weight.grad = torch.zeros_like(weight)
-    adam.step()
-    held = {weight: weight.grad for weight in module.parameters()}  # the steps drop them
-
-    def only_adam() -> None:
-        for weight, grad in held.items():
-            weight.grad = grad
-        adam.step()
-
-    contestants["adam"] = recorded(only_adam, device)
-    times = take_turns(contestants, repeats, device)
+    contestants["adam"] = only_adam(network.flow if which == "G" else network.latent, run)
+    times = take_turns(contestants, repeats)
     both = [a + b for a, b in zip(times["products"], times["adam"], strict=True)]
     ratios = {name: ratio(times[name], times["products"]) for name in ("gradients", "step", "clipped step")}
     return {"step_of": which, "batch": n, "precision": precision, "gflop": round(flop(layers, n) / 1e9, 3),
@@ -276,7 +261,7 @@ def measure_public(folder: Path, n: int, repeats: int, device: torch.device) -> 
     """The public code's step over ours."""
     (theirs, their_weights), (ours, our_weights) = public_step(folder, n, device), our_step(n, device)
     operations = {"public": counted_flop(theirs), "ours": counted_flop(ours)}
-    times = take_turns({"public": theirs, "ours": ours}, repeats, device)
+    times = take_turns({"public": theirs, "ours": ours}, repeats)
     return {"batch": n, "precision": "float32", "public_over_ours": ratio(times["public"], times["ours"]),
             "ms": milliseconds(times), "weights": {"public": their_weights, "ours": our_weights},
             "gflop": {name: round(value / 1e9, 3) for name, value in operations.items()}}
@@ -313,11 +298,26 @@ def peak_memory(which: str, n: int, precision: str, device: torch.device, public
     return {"step_of": which, "batch": n, "precision": precision, "mb": round((peak - before) / scale, 1)}
 
 
-def in_fresh_process(which: str, n: int, precision: str, device: torch.device, public: Path | None) -> dict:
-    """`peak_memory` in a process of its own on a CPU, where what others did before would count; on a GPU, here."""
-    if device.type == "cuda":
-        return peak_memory(which, n, precision, device, public)
-    command = [sys.executable, __file__, "--memory", which, str(n), precision]
+def measure_alone(which: str, n: int, precision: str, repeats: int) -> dict:
+    """The clipped step over its products with nothing else in the process, and how many pages a step asks for."""
+    device, layers, pages = torch.device("cpu"), layers_of(which), []
+    bare = products(layers, n, precision, device)
+    step = step_named(which, n, precision, device, None)
+    times = {"products": [], "clipped step": []}
+    for k in range(repeats + 2):
+        pair = seconds(bare, 1), resource.getrusage(resource.RUSAGE_SELF).ru_minflt, seconds(step, 1)
+        pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pair[1])
+        if k > 1:  # two warm up
+            times["products"].append(pair[0])
+            times["clipped step"].append(pair[2])
+    return {"step_of": which, "batch": n, "precision": precision,
+            "clipped_over_products": ratio(times["clipped step"], times["products"]), "ms": milliseconds(times),
+            "page_faults": round(statistics.median(pages[2:]))}
+
+
+def fresh(what: str, which: str, n: int, precision: str, public: Path | None, repeats: int = 9) -> dict:
+    """`peak_memory` or `measure_alone` in a process of its own, where nothing that others did before counts."""
+    command = [sys.executable, __file__, f"--{what}", which, str(n), precision, "--repeats", str(repeats)]
     command += ["--public", str(public)] if public else []
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
@@ -348,34 +348,49 @@ def about(device: torch.device, public: Path | None) -> dict:
     """What was measured on, and with what."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     stamp = public / "COMMIT" if public else None
-    return {"device": name, "clock": "processor seconds of the process" if device.type == "cpu" else "CUDA events",
+    return {"device": name, "clock": "processor seconds of the process",
             "threads": torch.get_num_threads(), "seed": 0, "commit": commit(), "versions": {"torch": version("torch")},
             "width": WIDTH, "hidden": HIDDEN, "couplings": COUPLINGS,
             "public_commit": stamp.read_text().strip() if stamp and stamp.exists() else None}
 
 
-def main() -> None:
-    """Everything on one device."""
+def read_arguments() -> argparse.Namespace:
+    """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--public", type=Path, help="folder of the public code; COMMIT in it names its commit")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)  # for `in_fresh_process`
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    if args.memory:
-        which, n, precision = args.memory
-        print(json.dumps(peak_memory(which, int(n), precision, device, args.public)))
-        return
+    for part in ("memory", "alone"):
+        parser.add_argument(f"--{part}", nargs=3, help=argparse.SUPPRESS)  # for `fresh`
+    return parser.parse_args()
+
+
+def measure_all(device: torch.device, public: Path | None, repeats: int) -> dict:
+    """Memory first, then time; on a GPU memory alone, which needs no process of its own there."""
     grid = [(which, n, precision) for precision in precisions(device) for n in (64, 512) for which in "GH"]
-    extra = [(which, n, "float32") for n in (64, 512) for which in ("ours", "public")] if args.public else []
-    memory = [say(in_fresh_process(*case, device, args.public)) for case in grid + extra]
-    entry = about(device, args.public) | {"repeats": args.repeats}
-    entry["steps"] = [say(measure_step(*case, args.repeats, device)) for case in grid]
-    if args.public:
-        entry["public"] = [say(measure_public(args.public, n, args.repeats, device)) for n in (64, 512)]
-    print("written:", write(entry | {"memory": memory}, device, args.out))
+    extra = [(which, n, "float32") for n in (64, 512) for which in ("ours", "public")] if public else []
+    entry = about(device, public) | {"repeats": repeats}
+    if device.type == "cuda":
+        return entry | {"memory": [say(peak_memory(*case, device, public)) for case in grid + extra]}
+    entry["memory"] = [say(fresh("memory", *case, public)) for case in grid + extra]
+    entry["alone"] = [say(fresh("alone", *case, None, repeats)) for case in grid]
+    entry["steps"] = [say(measure_step(*case, repeats, device)) for case in grid]
+    if public:
+        entry["public"] = [say(measure_public(public, n, repeats, device)) for n in (64, 512)]
+    return entry
+
+
+def main() -> None:
+    """Everything on one device."""
+    args = read_arguments()
+    device = torch.device(args.device)
+    if args.memory or args.alone:
+        which, n, precision = args.memory or args.alone
+        print(json.dumps(peak_memory(which, int(n), precision, device, args.public) if args.memory
+                         else measure_alone(which, int(n), precision, args.repeats)))
+        return
+    print("written:", write(measure_all(device, args.public, args.repeats), device, args.out))
 
 
 if __name__ == "__main__":

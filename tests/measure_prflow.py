@@ -2,8 +2,8 @@
 
     MISSINGBOOK_DATA=… python tests/measure_prflow.py NAME --rate 0.8 --seed 0 --epochs 128 [--set hide=0.0 …]
 
-Pixels of training and test images are dropped at random; nothing complete is ever seen. Scored are the hidden pixels of
-the test images (RMSE) and the completed test images (FID, SCC), at some epochs on the way; training does not look at them.
+Pixels of training and test images are dropped at random; nothing complete is ever seen. Scored are the hidden pixels
+of the test images (RMSE) and the completed test images (FID, SCC), at some epochs on the way; training does not look.
 """
 
 import argparse
@@ -25,9 +25,10 @@ from missingbook.foundations.metrics import feature_network, fid, scc
 from missingbook.foundations.training import Noise, TrainingRun, seeded
 
 SETTINGS = dict(
-    epochs=64, batch_size=64, learning_rate=1e-3, flow_learning_rate=3e-5, hide=0.5, feed="first", restart=False, decay=1.0,
-    fill="bilinear", hidden=0, latent_hidden=0, n_couplings=6, likelihood_weight=0.0, prior_weight=0.0, alpha=1 / 3, order=1,
-    eps=1e-2, validation_fraction=0.0)
+    epochs=64, batch_size=64, learning_rate=1e-3, flow_learning_rate=3e-5, decay=1.0, hide=0.5, feed="first",
+    fill="bilinear", restart=False, hidden=0, latent_hidden=0, n_couplings=6, validation_fraction=0.0,
+    likelihood_weight=0.0, prior_weight=0.0, alpha=1 / 3, order=1, eps=1e-2)
+LOOP = ("batch_size", "learning_rate", "flow_learning_rate", "decay", "hide", "feed", "restart", "validation_fraction")
 
 
 def pictures(data: str) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -46,7 +47,7 @@ def holes(shape: torch.Size, rate: float, seed: int) -> Tensor:
 
 
 class Watched(TrainingRun):
-    """A run that scores the test images at some epochs, and completes them anew in the rounds of the training images."""
+    """A run that scores the test images at some epochs; they are completed anew when the training images are."""
 
     def __init__(self, *args, score, every, note, **kwargs):
         super().__init__(*args, **kwargs)
@@ -99,9 +100,9 @@ def measure(data: str, rate: float, seed: int, every: int, device: str, s: dict,
     about = {"data": data, "rate": rate, "seed": seed, "settings": s, "train": len(train), "test": len(test)}
 
     def noted(run: Watched) -> None:
-        last = run.history.tail(1).round(6).to_dict("records")
+        last = (run.history.tail(1).round(6).to_dict("records") or [{}])[0]
         cuda = run.device.type == "cuda"
-        note(about | {"finished": run.curve[-1]["epoch"] == s["epochs"], "curve": run.curve, "losses": last[0] if last else {},
+        note(about | {"finished": run.curve[-1]["epoch"] == s["epochs"], "curve": run.curve, "losses": last,
                       "device": torch.cuda.get_device_name(run.device) if cuda else "cpu",
                       "matrix_products": f"float32, {torch.get_float32_matmul_precision()}",
                       "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
@@ -117,8 +118,7 @@ def measure(data: str, rate: float, seed: int, every: int, device: str, s: dict,
         network.learn_columns(*taught)
         run.test = Completion(network, test.flatten(1), seen_test.flatten(1), Noise(3000 + seed, run.device))
         run.feed = s["feed"]
-        loop = ("batch_size", "learning_rate", "flow_learning_rate", "hide", "feed", "restart", "decay", "validation_fraction")
-        train_mcflow(network, *taught, run, s["epochs"], **{name: s[name] for name in loop}, **weights)
+        train_mcflow(network, *taught, run, s["epochs"], **{name: s[name] for name in LOOP}, **weights)
 
 
 def main() -> None:

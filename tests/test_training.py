@@ -1103,3 +1103,71 @@ def test_gpu(tmp_path):
     assert run.place(torch.ones(3)).is_cuda and choose_device().type == "cuda"
     with pytest.raises(MemoryError):
         in_chunks(lambda t: torch.empty(2**45, device="cuda"), torch.ones(4))
+
+
+# --- recorded steps ---------------------------------------------------------------------------------------------------
+
+
+def stepped(run, epochs=3, batch_size=64, by=None, poison=(), max_norm=1.0):
+    """Weights and losses after some epochs of steps; the last batch of an epoch is smaller. by: makes the step."""
+    x, y = halves()
+    losses = []
+    with seeded(0, run.device):
+        network = nn.Sequential(nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 32)).to(run.device)
+        optimizer = run.adam(network, 1e-2)
+        run.keep(network=network, optimizer=optimizer)
+        bad = torch.zeros((), device=run.device)
+
+        def values_of(x, y):
+            error = ((network(x) - y) ** 2).mean()
+            return {"loss": error + bad, "error": error}
+
+        def plain(x, y):
+            values = values_of(x, y)
+            run.step(values["loss"], optimizer, max_norm)
+            return {name: value.detach() for name, value in values.items()}
+
+        step = plain if by == "hand" else run.stepper(values_of, optimizer, max_norm)
+        for epoch in run.epochs(epochs):
+            bad.fill_(torch.nan if epoch in poison and not run.halved else 0.0)
+            for rows in run.batches(run.place(x), run.place(y), batch_size=batch_size):
+                values = step(*rows)
+                run.log(**values)
+                losses.append(values["error"])
+    return torch.cat([w.detach().flatten().cpu() for w in network.parameters()]), torch.stack(losses).cpu(), step
+
+
+def test_a_stepper_takes_ordinary_steps_on_a_cpu():
+    "Mutations: a stepper that forgets the clip of the gradient, and one that steps twice, end elsewhere."
+    hand, by_hand, _ = stepped(TrainingRun(0, "cpu", verbose=False), by="hand")
+    ours, losses, step = stepped(TrainingRun(0, "cpu", verbose=False))
+    assert torch.equal(ours, hand) and torch.equal(losses, by_hand) and step.graph is None
+    assert not losses.requires_grad and losses[-1] < losses[0]
+    unclipped, _, _ = stepped(TrainingRun(0, "cpu", verbose=False), max_norm=None)
+    short, _, _ = stepped(TrainingRun(0, "cpu", verbose=False), max_norm=1e-3)
+    assert not torch.equal(short, ours) and not torch.equal(short, unclipped)
+
+
+def test_the_guard_sees_a_stepper_and_drops_its_recording():
+    "Mutation: a step that is not counted lets the NaN pass into the history."
+    run = TrainingRun(0, "cpu", verbose=False)
+    forgotten = []
+    with pytest.warns(RuntimeWarning, match="NaN or infinite"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Stepper, "forget", lambda self: (forgotten.append(self), vars(self).update(
+            graph=None, place=(), values={}, shapes=None, calls=0)))
+        weights, losses, step = stepped(run, poison=(1,))
+    assert torch.isfinite(weights).all() and run.halved and run.history.loss.notna().all()
+    assert forgotten.count(step) == 2  # once when it was made, once by the guard
+    blind = TrainingRun(0, "cpu", verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingRun, "count_step", lambda self, loss: None)
+        stepped(blind, poison=(1,))
+    assert blind.history.loss.isna().any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_recorded_steps_equal_ordinary_ones():
+    hand, by_hand, _ = stepped(TrainingRun(0, "cuda", verbose=False), by="hand")
+    ours, losses, step = stepped(TrainingRun(0, "cuda", verbose=False))
+    assert step.graph is not None and torch.allclose(ours, hand, atol=1e-5)
+    assert torch.allclose(losses, by_hand, atol=1e-6)

@@ -83,7 +83,13 @@ def _as_given(X: Any) -> Any:
     if isinstance(X, Tensor):
         X = X.detach().cpu()
         return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
-    return np.asarray(X) if isinstance(X, (list, tuple)) else X
+    if not isinstance(X, (list, tuple)):
+        return X
+    shapes = {np.shape(item) for item in X if isinstance(item, (np.ndarray, Tensor))}
+    if len(shapes) > 1:
+        raise ValueError(f"X is a list of items of {len(shapes)} shapes, such as {' and '.join(map(str, sorted(shapes)[:2]))}; "
+                         "bring them to one, or fit an imputer for each")
+    return np.asarray(X)
 
 
 def _image_bounds(bounds: Any, seen: tuple[float, float]) -> tuple[float, float]:
@@ -524,7 +530,8 @@ class DeepImputer(_CommonParameters, _Fit, _Fill, _Density, _Store, OneToOneFeat
 def check_no_peek(imputer: DeepImputer, X: Any) -> None:
     """Raise AssertionError where what stands behind a hole changes the fit, a completion, a draw or a density.
 
-    Fits two clones to X, one of which finds junk in x wherever `observed` is False. random_state must be an integer."""
+    Fits two clones to X, one of which finds junk in x wherever `observed` is False. Where both refuse a density of X with
+    the same words, these are equal. random_state must be an integer."""
     clean, dirty, honest = clone(imputer), clone(imputer), type(imputer)._encode
 
     def junk(X: Any) -> tuple[Tensor, Tensor]:
@@ -535,11 +542,19 @@ def check_no_peek(imputer: DeepImputer, X: Any) -> None:
     dirty._encode = junk
     for method in ("fit", "transform", "sample", "log_prob"):
         if hasattr(clean, method):
-            a, b = getattr(clean, method)(X), getattr(dirty, method)(X)
+            a, b = (_density_or_refusal(f, X) if method == "log_prob" else getattr(f, method)(X) for f in (clean, dirty))
             if method == "fit":
                 a, b = (f.history_.drop(columns="seconds", errors="ignore") for f in (a, b))
             same = all(_equal(u, v) for u, v in zip(_parts(a), _parts(b), strict=True))
             assert same, f"{type(imputer).__name__}.{method} depends on what stands behind the holes"
+
+
+def _density_or_refusal(imputer: DeepImputer, X: Any) -> Any:
+    """log_prob(X), or the message of a method whose density is that of complete rows."""
+    try:
+        return imputer.log_prob(X)
+    except ValueError as refusal:
+        return str(refusal)
 
 
 def _parts(value: Any) -> list:
@@ -547,4 +562,6 @@ def _parts(value: Any) -> list:
 
 
 def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, str) or isinstance(b, str):
+        return type(a) is type(b) and a == b
     return a.equals(b) if isinstance(a, pd.DataFrame) else np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True)

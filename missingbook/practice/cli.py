@@ -458,6 +458,8 @@ METHODS = {
                       "many columns with few common causes"),
     "autoencoder": Method("foundations.autoencoder.AutoencoderImputer", "Vincent et al. 2008; Lall & Robinson 2022",
                           "tables, small images", "a deep baseline; many rows", draws=True, saved=True),
+    "mcflow": Method("flows.mcflow.MCFlowImputer", "Richardson et al. 2020; PRFlow: Bernal 2021",
+                     "tables, small images", "images above all; for them see PRFlowImputer", saved=True),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
