@@ -705,3 +705,13 @@ def test_the_passes_of_the_last_completion_belong_to_the_epoch_that_is_kept():
     judged = MCFlowImputer(**own).fit(X)
     best = int(judged.history_["validation"].idxmin())
     assert int(judged.network_.passes) == 1 + sum(mcflow.new_round(e, 9) for e in range(best + 1))
+
+
+def test_widths_follow_the_data_within_limits():
+    def sizes(X, **own):
+        net = MCFlowImputer(**(SMALL | dict(max_epochs=1, hidden=None, latent_hidden=None) | own)).fit(X).network_
+        return net.sizes[1], net.latent.layers[0].out_features
+
+    assert sizes(pictures(12)) == (64, 64) and sizes(np.random.default_rng(0).normal(size=(20, 3))) == (64, 64)
+    assert sizes(pictures(12), hidden=5) == (5, 64)
+    assert sizes(np.random.default_rng(0).random((4, 3, 20, 20)).astype("float32")) == (1024, 1024)

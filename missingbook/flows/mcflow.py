@@ -343,7 +343,7 @@ def _set_aside(network: MCFlow, x: Tensor, observed: Tensor, run: TrainingRun, f
 class MCFlowImputer(DeepImputer):
     """MCFlow (Richardson et al. 2020): a flow, and a network in its latent space that completes rows; tables and images.
 
-    n_couplings, hidden: of the flow, latent_hidden: of the network (None: the data's width, at least 64). fill: how missing
+    n_couplings, hidden: of the flow, latent_hidden: of the network (None: the data's width, but from 64 to 1,024). fill: how missing
     entries begin, see `MCFlow`; None: "bilinear" for images, "centre" for tables. learning_rate: of the network,
     flow_learning_rate: of the flow; decay, feed, restart, hide: see `train_mcflow`, hide None: 0.5, or 0 with feed="last";
     likelihood_weight: of J₁, in units of J₂ times the width;
@@ -386,7 +386,7 @@ class MCFlowImputer(DeepImputer):
             layout = layout_of(self.encoder_.blocks_)
             shape, owner = (layout.width,), layout.owner()
         width = math.prod(shape)
-        sizes = (max(width, 64) if size is None else size for size in (self.hidden, self.latent_hidden))
+        sizes = (min(max(width, 64), 1024) if size is None else size for size in (self.hidden, self.latent_hidden))
         usual = "bilinear" if len(shape) == 3 else "centre"
         return MCFlow(shape, owner, self.n_couplings, *sizes, self.fill or usual)
 
