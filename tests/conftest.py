@@ -1,7 +1,10 @@
 "Shapes in signatures are enforced over the whole suite; the development data are found where they lie."
 
+import inspect
 import os
 import re
+import sys
+import types
 from pathlib import Path
 
 import jaxtyping
@@ -30,6 +33,20 @@ def refuses(call, kind, words):
         call()
     if not isinstance(caught.value, jaxtyping.TypeCheckError):
         assert re.search(words, str(caught.value)), caught.value
+
+
+def copy_of(module, *edits):
+    "The module without the shape hook; each edit is (before, after), and `before` stands there exactly once."
+    source = Path(inspect.getsourcefile(module)).read_text(encoding="utf-8")
+    for before, after in edits:
+        if source.count(before) != 1:  # no AssertionError: that is what a mutant is expected to raise
+            raise ValueError(f"this does not stand once in {module.__name__}: {before}")
+        source = source.replace(before, after)
+    copy = types.ModuleType(f"{module.__name__}_copy")
+    copy.__package__ = module.__package__
+    sys.modules[copy.__name__] = copy  # dataclasses look their module up
+    exec(compile(source, copy.__name__, "exec"), vars(copy))
+    return copy
 
 
 @pytest.fixture(scope="session")
