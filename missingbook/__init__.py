@@ -17,6 +17,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "SoftSVDImputer": "foundations.classics",
     "DeepImputer": "foundations.imputer",
     "AutoencoderImputer": "foundations.autoencoder",
+    "GaussianImputer": "gaussian.em",
     "MCFlowImputer": "flows.mcflow",
     "PRFlowImputer": "flows.prflow",
 }

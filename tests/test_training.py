@@ -939,6 +939,39 @@ def test_run_stops_and_the_best_is_back(monkeypatch):
         check_stops()
 
 
+def check_end(path, mark_steps=0):
+    """A loop that ends itself: that epoch counts, no other follows; resumed before its end it ends there, too."""
+    def loop(run, dies_before=None):
+        network = torch.nn.Linear(1, 1)
+        run.keep(network=network)
+        run._mark_steps = mark_steps
+        for epoch in run.epochs(50):
+            if epoch == dies_before:
+                raise KeyboardInterrupt
+            run.log(epoch=epoch)
+            if epoch == 6:
+                run.end()
+        return run
+
+    run = loop(TrainingRun(0, "cpu", verbose=False))
+    assert run.history["epoch"].tolist() == list(range(7))
+    assert list(run.epochs(9)) == [7, 8]  # a second loop of the same run
+    with pytest.raises(KeyboardInterrupt):
+        loop(TrainingRun(0, "cpu", checkpoint=path, checkpoint_seconds=0, verbose=False), 4)
+    resumed = loop(TrainingRun(0, "cpu", checkpoint=path, checkpoint_seconds=0, verbose=False))
+    assert resumed.history["epoch"].tolist() == list(range(7)) and not path.exists()
+
+
+def test_a_loop_ends_itself(tmp_path):
+    check_end(tmp_path / "checkpoint")
+
+
+def test_an_end_that_nobody_hears_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingRun, "end", lambda self: None)
+    with pytest.raises(AssertionError):
+        check_end(tmp_path / "checkpoint")
+
+
 def test_share_is_itself_alone():
     value = object()
     assert share(value) is value

@@ -466,7 +466,7 @@ class _State(Batches):
 
     def _state(self) -> dict:
         s = self.stopping
-        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "halved": self.halved,
+        return {"fingerprint": self.fingerprint, "epoch": self.epoch, "halved": self.halved, "ended": self.ended,
                 "seconds": self._seconds(), "rows": list(self._history.rows),
                 "stopping": (s.value, s.age, s.weights),
                 "random": [torch.get_rng_state(), self.order.get_state(), self.noise.generator.get_state(),
@@ -479,7 +479,7 @@ class _State(Batches):
         if unknown:
             raise ValueError(f"the stored state has no part {unknown[0]!r}: call keep({unknown[0]}=…) before the loop over "
                              "epochs begins, and delete a checkpoint that was written without it")
-        self.epoch, self.halved = state["epoch"], state["halved"]
+        self.epoch, self.halved, self.ended = state["epoch"], state["halved"], state["ended"]
         self._history.rows = list(state["rows"])
         self.stopping.value, self.stopping.age, self.stopping.weights = state["stopping"]
         torch.set_rng_state(state["random"][0])
@@ -566,12 +566,13 @@ class _Epochs(_Guard):
         self._good, self._steps, self._saved = self._state(), 0, time.monotonic()
 
     def epochs(self, n: int) -> Iterator[int]:
-        """0, 1, …, n − 1, from a checkpoint on if there is one, and fewer with `patience`; then the best networks are back.
+        """0, 1, …, n − 1, from a checkpoint on if there is one, and fewer with `patience` or after `end`; then the best
+        networks are back.
 
         Raises TrainingDiverged, and ValueError for the checkpoint of another fit."""
         self._resume()
         with tqdm(total=n, initial=self.epoch, delay=2, disable=not self.verbose or self.index > 0, unit="epoch") as bar:
-            while self.epoch < n and not self.stopping.now:
+            while self.epoch < n and not self.stopping.now and not self.ended:
                 yield self.epoch
                 row = self._close_epoch(n)
                 bar.set_postfix({name: f"{value:.4g}" for name, value in row.items()}, refresh=False)
@@ -579,6 +580,7 @@ class _Epochs(_Guard):
         if self.stopping.patience is not None and self._history.rows and not self.stopping.watched:
             warnings.warn(f"patience={self.stopping.patience} had no effect: call run.watch(score) in every epoch",
                           RuntimeWarning, stacklevel=2)
+        self.ended = False
         self.stopping.restore(self.networks)
         if self.checkpoint and self.index == 0:
             self.checkpoint.unlink(missing_ok=True)
@@ -642,6 +644,14 @@ class _Steps(_Epochs):
         The first of several processes decides, or one of them might stop while the others wait for it."""
         value = value.detach() if isinstance(value, Tensor) else value
         self.stopping.watch(share(float(value)), self.networks)
+
+    def end(self) -> None:
+        """This epoch is the last one: the loop has converged. Every one of several processes must say so."""
+        self.ended = True
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of `value` over the processes; `value` itself where there is one."""
+        return reduce(value, reduction="sum") if self.count > 1 else value
 
 # %% ../../nbs/01_foundations/08_training.ipynb #57e9e002
 class Stepper:
@@ -737,7 +747,7 @@ class TrainingRun(_Steps):
         self.fingerprint, self.checkpoint_seconds = f"{self.device.type} {self.seed} {fingerprint}", checkpoint_seconds
         self.stopping, self.verbose = EarlyStopping(patience), verbose
         self.parts, self.networks, self.steppers, self._history = {}, {}, [], History()
-        self.epoch, self.halved, self._steps = 0, False, 0
+        self.epoch, self.halved, self.ended, self._steps = 0, False, False, 0
 
     @property
     def history(self) -> pd.DataFrame:

@@ -425,6 +425,7 @@ class Method:
     saved: bool = False  # can be written to a file and read again
     chained: bool = False  # one model a column, with all others as its inputs
     by_draws: bool = False  # the bench scores the mean, or the vote, of its draws
+    preset: tuple[tuple[str, Any], ...] = ()  # parameters that make this method of that class
 
     def load(self) -> type:
         "The imputer's class."
@@ -438,7 +439,7 @@ class Method:
         imputer = self.load()()
         known = imputer.get_params()
         common = {"random_state": seed, "verbose": 0, "n_jobs": 1}
-        return imputer.set_params(**{k: v for k, v in common.items() if k in known} | (parameters or {}))
+        return imputer.set_params(**{k: v for k, v in common.items() if k in known} | dict(self.preset) | (parameters or {}))
 
 # %% ../../nbs/06_practice/03_cli.ipynb #af8cfdba
 METHODS = {
@@ -458,6 +459,11 @@ METHODS = {
                       "many columns with few common causes"),
     "autoencoder": Method("foundations.autoencoder.AutoencoderImputer", "Vincent et al. 2008; Lall & Robinson 2022",
                           "tables, small images", "a deep baseline; many rows", draws=True, saved=True),
+    "gaussian": Method("gaussian.em.GaussianImputer", "Dempster, Laird & Rubin 1977; EMFlow, appendix B", "tables, small images",
+                       "columns that are nearly linear in one another; fast, proper draws", draws=True, saved=True),
+    "gaussian-normal": Method("gaussian.em.GaussianImputer", "the same", "tables, small images",
+                              "as gaussian, for skewed columns: each is first bent to a normal one", draws=True, saved=True,
+                              preset=(("marginals", "normal"),)),
     "mcflow": Method("flows.mcflow.MCFlowImputer", "Richardson et al. 2020; PRFlow: Bernal 2021",
                      "tables, small images", "images above all; for them see PRFlowImputer", saved=True),
 }
