@@ -20,6 +20,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "GaussianImputer": "gaussian.em",
     "MCFlowImputer": "flows.mcflow",
     "PRFlowImputer": "flows.prflow",
+    "EMFlowImputer": "flows.emflow",
 }
 __all__ = sorted(_HOME)
 

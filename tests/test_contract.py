@@ -24,6 +24,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
+from missingbook.flows.emflow import EMFlowImputer
 from missingbook.flows.mcflow import MCFlowImputer
 from missingbook.flows.prflow import PRFlowImputer
 from missingbook.foundations import imputer as imputer_module
@@ -37,13 +38,16 @@ from missingbook.gaussian.em import GaussianImputer
 
 SMALL = dict(max_epochs=4, n_draws=4, hidden=16, random_state=0, verbose=False)
 SMALL_FLOW = SMALL | dict(latent_hidden=16, n_couplings=2)
+SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
 TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
+          "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian, normal": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | {"marginals": "normal"} | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
+          "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own))}
@@ -81,7 +85,7 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, GaussianImputer, MCFlowImputer, PRFlowImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GaussianImputer, MCFlowImputer, PRFlowImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

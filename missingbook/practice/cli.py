@@ -466,6 +466,8 @@ METHODS = {
                               preset=(("marginals", "normal"),)),
     "mcflow": Method("flows.mcflow.MCFlowImputer", "Richardson et al. 2020; PRFlow: Bernal 2021",
                      "tables, small images", "images above all; for them see PRFlowImputer", saved=True),
+    "emflow": Method("flows.emflow.EMFlowImputer", "EMFlow, under review at ICLR 2022", "tables, small images",
+                     "thousands of rows with curves between columns; draws and a density besides", draws=True, saved=True),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
