@@ -35,8 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from missingbook.flows.emflow import EMFlow, EMFlowImputer, OnlineBase, fit_start, train_batch
 from missingbook.flows.mcflow import MCFlowImputer
-from missingbook.foundations.autoencoder import AutoencoderImputer
-from missingbook.foundations.classics import ExtraTreesImputer, NeighboursImputer
+from missingbook.foundations.classics import NeighboursImputer
 from missingbook.foundations.data import photo_patches
 from missingbook.foundations.metrics import rmse
 from missingbook.foundations.training import TrainingRun
@@ -47,9 +46,7 @@ OUT = ROOT / "results" / "emflow"
 QUIET = dict(random_state=0, verbose=False, device="cpu")
 DEEP = {"emflow": EMFlowImputer, "mcflow": MCFlowImputer}
 METHODS = {"gaussian": lambda: GaussianImputer(**QUIET), "emflow": lambda: EMFlowImputer(**QUIET),
-           "mcflow": lambda: MCFlowImputer(**QUIET), "autoencoder": lambda: AutoencoderImputer(**QUIET),
-           "knn": lambda: NeighboursImputer(scale="minmax"),
-           "trees": lambda: ExtraTreesImputer(max_fit_rows=5000, random_state=0)}
+           "mcflow": lambda: MCFlowImputer(**QUIET), "knn": lambda: NeighboursImputer(scale="minmax")}
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::linalg_", "aten::cholesky", "aten::_linalg",
             "aten::triangular", "aten::mkldnn", "aten::convolution")
 
