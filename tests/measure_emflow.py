@@ -44,9 +44,8 @@ from missingbook.practice.bench import Split, emflow_split, memory_mb, numbers_o
 
 OUT = ROOT / "results" / "emflow"
 QUIET = dict(random_state=0, verbose=False, device="cpu")
-DEEP = {"emflow": EMFlowImputer, "mcflow": MCFlowImputer}
-METHODS = {"gaussian": lambda: GaussianImputer(**QUIET), "emflow": lambda: EMFlowImputer(**QUIET),
-           "mcflow": lambda: MCFlowImputer(**QUIET), "knn": lambda: NeighboursImputer(scale="minmax")}
+METHODS = {"gaussian": partial(GaussianImputer, **QUIET), "emflow": partial(EMFlowImputer, **QUIET),
+           "mcflow": partial(MCFlowImputer, **QUIET), "knn": partial(NeighboursImputer, scale="minmax")}
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "aten::linalg_", "aten::cholesky", "aten::_linalg",
             "aten::triangular", "aten::mkldnn", "aten::convolution")
 
@@ -92,8 +91,8 @@ def curves(asked: argparse.Namespace) -> dict:
     """Both methods on one fold, in turn; and when EMFlow is first as good as MCFlow is at its end."""
     split, rate = fold(asked.data, asked.mechanism, 0)
     found = {}
-    for name, kind in DEEP.items():
-        imputer = kind(**QUIET)
+    for name in ("emflow", "mcflow"):
+        imputer = METHODS[name](kinds=split.kinds)
         every = 1 if name == "emflow" else 4
         curve = watched(imputer, partial(error, split), every, lambda c: print(c[-1], flush=True))
         imputer.fit(split.holes_train)
@@ -125,7 +124,7 @@ def congeniality(asked: argparse.Namespace) -> dict:
             columns = [c for c in split.test if c != target]
             whole = coefficients(split.test[columns].to_numpy(), y, True)
             for method, make in METHODS.items():
-                imputer = make().fit(split.holes_train)
+                imputer = make(kinds=split.kinds).fit(split.holes_train)
                 made = imputer.transform(split.holes_test)
                 distance[method].append(float(np.linalg.norm(coefficients(made[columns].to_numpy(), y, True) - whole)))
                 off[method].append(float(rmse(split.test.to_numpy(), made.to_numpy(), split.heldout.to_numpy())))
@@ -155,7 +154,7 @@ def scaling(asked: argparse.Namespace) -> dict:
             rate = plan("emflow", [name], ["mean"], mechanism)[0].rate
             for method in ("gaussian", "emflow"):
                 splits = [scaled_over_all(name, mechanism, rate, seed) for seed in range(asked.folds)]
-                errors = [error(split, METHODS[method]().fit(split.holes_train)) for split in splits]
+                errors = [error(s, METHODS[method](kinds=s.kinds).fit(s.holes_train)) for s in splits]
                 found.append({"data": name, "mechanism": mechanism, "rate": rate, "method": method,
                               "folds": asked.folds, "rmse": round(float(np.mean(errors)), 5)})
                 print(found[-1], flush=True)
@@ -170,7 +169,7 @@ def air(asked: argparse.Namespace) -> dict:
         rate = plan("emflow", ["air_quality"], ["mean"], mechanism)[0].rate
         splits = [emflow_split(table, mechanism, rate, seed) for seed in range(asked.folds)]
         for method in ("gaussian", "emflow", "knn"):
-            errors = [error(split, METHODS[method]().fit(split.holes_train)) for split in splits]
+            errors = [error(s, METHODS[method](kinds=s.kinds).fit(s.holes_train)) for s in splits]
             found.append({"mechanism": mechanism, "rate": rate, "method": method, "folds": asked.folds,
                           "rmse": round(float(np.mean(errors)), 5)})
             print(found[-1], flush=True)
