@@ -518,8 +518,8 @@ def check_bow(module):
     holes = X.copy()
     holes[np.random.default_rng(1).random(1000) < 0.4, 1] = np.nan
     hidden = np.isnan(holes[:, 1])
-    imputer = module.EMFlowImputer(hidden=32, max_epochs=20, random_state=0, verbose=False, device="cpu",
-                                   learning_rate=3e-3).fit(holes)
+    imputer = module.EMFlowImputer(hidden=32, max_epochs=25, batch_size=128, random_state=0, verbose=False,
+                                   device="cpu", learning_rate=3e-3, patience=None).fit(holes)
     filled = imputer.transform(holes)
     assert np.sqrt(np.mean((filled - X)[hidden, 1] ** 2)) < 0.6 * X[:, 1].std()
     draws = imputer.sample(holes, 60)[:, hidden, 1]

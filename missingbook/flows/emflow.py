@@ -217,8 +217,10 @@ def judged_cells(
     """Observed entries that judge the epochs: a quarter of those in a random share of the rows, of 2,000 rows at most.
 
     Such rows teach nothing, see `train_emflow`. No row loses all its entries."""
+    if fraction <= 0:
+        return torch.zeros_like(observed)
     lot = noise.uniform(len(observed), 1)
-    limit = lot.flatten().sort().values[min(int(fraction * len(observed)), 2000)] if fraction > 0 else 0.0
+    limit = lot.flatten().sort().values[min(int(fraction * len(observed)), 2000)]
     return observed & ~hide_again(observed, 0.25, owner, noise) & (lot < limit)
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000024
