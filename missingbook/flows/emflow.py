@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['filled_by', 'reconstruction_error', 'composite_loss', 'EMFlow', 'update_base', 'OnlineBase', 'train_batch', 'Current',
-           'judged_cells', 'judge', 'fit_start', 'train_emflow', 'EMFlowImputer']
+           'rows_aside', 'hidden_in_turn', 'Judge', 'fit_start', 'train_emflow', 'EMFlowImputer']
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000002
 """Online EM for a Gaussian in the latent space of a flow: fill there, bring the fill back, learn the flow from it."""
@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from .coupling import Flow, GaussianBase
-from .mcflow import Scaling, first_fill, flow_loss, hide_again, observed_quantiles, random_fill
+from .mcflow import Scaling, first_fill, flow_loss, observed_quantiles, random_fill
 from .realnvp import RealNVP
 from ..foundations.imputer import DeepImputer, ImageEncoder, Layout, _as_given, layout_of
 from ..foundations.training import Noise, TrainingRun, in_chunks
@@ -211,26 +211,33 @@ class Current:
         self.x = state["x"].to(self.x.device)
 
 
-def judged_cells(
-    observed: Bool[Tensor, "n width"], fraction: float, owner: Int64[Tensor, " width"], noise: Noise
-) -> Bool[Tensor, "n width"]:
-    """Observed entries that judge the epochs: a quarter of those in a random share of the rows, of 2,000 rows at most.
+def rows_aside(n: int, width: int, fraction: float, noise: Noise) -> Bool[Tensor, " n"]:
+    """Rows that judge the epochs, drawn at random: a share of all, but no more than hold 8,192 entries, or than 256."""
+    lot = noise.uniform(n, 1).flatten()
+    return lot < lot.sort().values[min(int(fraction * n), max(256, 8192 // width))]
 
-    Such rows teach nothing, see `train_emflow`. No row loses all its entries."""
-    if fraction <= 0:
-        return torch.zeros_like(observed)
-    lot = noise.uniform(len(observed), 1)
-    limit = lot.flatten().sort().values[min(int(fraction * len(observed)), 2000)]
-    return observed & ~hide_again(observed, 0.25, owner, noise) & (lot < limit)
+
+def hidden_in_turn(
+    observed: Bool[Tensor, "n width"], owner: Int64[Tensor, " width"], noise: Noise
+) -> Bool[Tensor, "4*n width"]:
+    """Four copies of the rows; each entry that was observed is True in one of them. Those of one owner go together."""
+    quarter = noise.uniform(len(observed), int(owner.max()) + 1)[:, owner].mul(4).long().clamp(max=3)
+    return torch.cat([observed & (quarter == k) for k in range(4)])
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000024
-def judge(
-    network: EMFlow, x: Float[Tensor, "n width"], shown: Bool[Tensor, "n width"], judged: Bool[Tensor, "n width"],
-    n_passes: int,
-) -> Float[Tensor, ""]:
-    """Root mean squared error on the judged entries, which are filled from what is shown."""
-    made = in_chunks(lambda a, o: network.complete(a, o, n_passes), x, shown, home=x.device)
-    return (torch.where(judged, made - x, 0.0).square().sum() / judged.sum()).sqrt()
+class Judge:
+    """Rows kept aside to judge the epochs, four copies of each, in which what was observed is hidden in turn."""
+
+    def __init__(self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], owner: Int64[Tensor, " width"],
+                 fraction: float, noise: Noise):
+        self.aside = rows_aside(*x.shape, fraction, noise) if fraction else torch.zeros_like(observed[:, 0])
+        self.hidden = hidden_in_turn(observed[self.aside], owner, noise)
+        self.x, self.shown = x[self.aside].repeat(4, 1), observed[self.aside].repeat(4, 1) & ~self.hidden
+
+    def score(self, network: EMFlow, n_passes: int) -> Float[Tensor, ""]:
+        """Root mean squared error on the hidden entries, which are filled from what is shown."""
+        made = in_chunks(lambda x, o: network.complete(x, o, n_passes), self.x, self.shown, home=self.x.device)
+        return (torch.where(self.hidden, made - self.x, 0.0).square().sum() / self.hidden.sum()).sqrt()
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000020
 def fit_start(
@@ -263,13 +270,12 @@ def train_emflow(
     draws: holes of the training rows are drawn, not filled with means. restart: flow and base begin anew after every
     refill, as in the paper. alpha: weight in eq. 14, None for no step down it. beta: of eq. 31, halved in every epoch.
     power: γ of eq. 10. The epoch with the smallest error on rows kept aside stays."""
-    judged = judged_cells(observed, validation_fraction, owner, run.noise)
-    shown, noise, aside = observed & ~judged, run.noise if draws else None, judged.any(1)
-    run.stopping.patience = run.stopping.patience if judged.any() else None  # nobody judges: all epochs
-    prior, test = fit_start(network, x, shown, run), (x[aside], shown[aside], judged[aside])
-    x, shown = x[~aside], shown[~aside]
+    judge, noise = Judge(x, observed, owner, validation_fraction, run.noise), run.noise if draws else None
+    run.stopping.patience = run.stopping.patience if len(judge.x) else None  # nobody judges: all epochs
+    x, observed = x[~judge.aside], observed[~judge.aside]
+    prior = fit_start(network, x, observed, run)
     online = OnlineBase(network, len(x), batch_size, prior, run, power, beta, super_batch)
-    current, adam = Current(x, shown), run.adam(network.flow, learning_rate)
+    current, adam = Current(x, observed), run.adam(network.flow, learning_rate)
     current.renew(network.begin, noise)
     run.keep(network=network, adam=adam, current=current)
     for epoch in run.epochs(max_epochs):
@@ -279,13 +285,13 @@ def train_emflow(
             adam.state.clear()
         network.train()
         online.begin_epoch(max(epoch - 1, 0), within if restart else epoch)
-        for rows, seen in run.batches(current.x, shown, batch_size=batch_size) if epoch else ():
+        for rows, seen in run.batches(current.x, observed, batch_size=batch_size) if epoch else ():
             train_batch(network, rows, seen, run, adam, online, alpha)
         network.eval()
         if epoch and epoch % round_epochs == 0:
             current.renew(network.again, noise)
-        if judged.any():
-            score = judge(network, *test, n_passes)
+        if len(judge.x):
+            score = judge.score(network, n_passes)
             run.log(validation=score)
             run.watch(score)
 
