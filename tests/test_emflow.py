@@ -404,6 +404,12 @@ def check_judged(module):
     assert aside.sum() == 46 and torch.equal(judge.hidden.view(4, 46, 5).sum(0), observed[aside].long())
     assert torch.equal(judge.shown, observed[aside].repeat(4, 1) & ~judge.hidden)
     assert torch.equal(judge.x, x[aside].repeat(4, 1))
+    net, holes = network(module), (~observed).double().mean(0)
+    net.complete = lambda x, o, n: torch.where(o, x, x + 1.0 + torch.arange(5))  # in column j it is off by 1 + j
+    judged, off = judge.hidden.double().sum(0) * holes, (1.0 + torch.arange(5)) ** 2
+    assert torch.isclose(judge.score(net, 1).double(), ((judged * off).sum() / judged.sum()).sqrt())
+    whole = module.Judge(x, torch.ones_like(observed), torch.arange(5), 0.2, quiet().noise)
+    assert torch.equal(whole.weight, whole.hidden.float())
     histories = []
     for shift in (0.0, 50.0):
         run = quiet()
@@ -419,6 +425,7 @@ def check_judged(module):
     ("observed[self.aside].repeat(4, 1) & ~self.hidden", "observed[self.aside].repeat(4, 1)"),
     ("return torch.cat([observed & (quarter == k)", "return torch.cat([(quarter == k)"),
     ("torch.where(self.hidden, made", "torch.where(self.shown, made"),
+    ("holes = (~observed)", "holes = observed"), ("self.hidden * (holes if", "(holes if"),
 ])
 def test_what_judges_does_not_teach(edit):
     """Mutations: it teaches; the judged entries are shown; holes judge; other entries are scored."""

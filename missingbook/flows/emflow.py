@@ -226,18 +226,23 @@ def hidden_in_turn(
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000024
 class Judge:
-    """Rows kept aside to judge the epochs, four copies of each, in which what was observed is hidden in turn."""
+    """Rows kept aside to judge the epochs, four copies of each, in which what was observed is hidden in turn.
+
+    A column counts by its share of holes, for there will be holes where there are some; without any, all count alike."""
 
     def __init__(self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], owner: Int64[Tensor, " width"],
                  fraction: float, noise: Noise):
         self.aside = rows_aside(*x.shape, fraction, noise) if fraction else torch.zeros_like(observed[:, 0])
         self.hidden = hidden_in_turn(observed[self.aside], owner, noise)
+        holes = (~observed).float().mean(0)
+        self.weight = self.hidden * (holes if holes.any() else torch.ones_like(holes))
         self.x, self.shown = x[self.aside].repeat(4, 1), observed[self.aside].repeat(4, 1) & ~self.hidden
 
     def score(self, network: EMFlow, n_passes: int) -> Float[Tensor, ""]:
-        """Root mean squared error on the hidden entries, which are filled from what is shown."""
+        """Root of the weighted mean squared error on the hidden entries, which are filled from what is shown."""
         made = in_chunks(lambda x, o: network.complete(x, o, n_passes), self.x, self.shown, home=self.x.device)
-        return (torch.where(self.hidden, made - self.x, 0.0).square().sum() / self.hidden.sum()).sqrt()
+        errors = torch.where(self.hidden, made - self.x, 0.0).square()
+        return ((self.weight * errors).sum() / self.weight.sum().clamp(min=1e-12)).sqrt()
 
 # %% ../../nbs/03_flows/06_emflow.ipynb #ef000020
 def fit_start(
