@@ -206,6 +206,22 @@ def test_first_fills(fill):
     assert (filled[hole, 1].std() == 0) == (fill == "centre")
 
 
+def check_random_fill(module):
+    """Holes that begin at random do so without draws, too."""
+    x, observed = rows_of()
+    begun = []
+    net = network(module, fill="random")
+    honest, net.begin = net.begin, lambda x, o, noise=None: (begun.append(honest(x, o, noise)), begun[-1])[1]
+    module.train_emflow(net, x, observed, torch.arange(5), quiet(), 1, draws=False, validation_fraction=0.0)
+    hole = ~observed[:, 1]
+    assert begun[0][hole, 1].std() > 0.1 and torch.isin(begun[0][hole, 1], x[observed[:, 1], 1]).any()
+
+
+def test_random_fills_are_random():
+    """Mutation: without draws they are the column's mean."""
+    must_fail(check_random_fill, ('run.noise if network.fill == "random" else noise', "noise"))
+
+
 def test_pictures_begin_by_their_neighbours():
     net = emflow.EMFlow((1, 4, 4), 2, 8, "nearest")
     x, observed = torch.rand(6, 16, generator=seed()), torch.rand(6, 16, generator=seed(1)) > 0.3
@@ -433,8 +449,8 @@ def test_what_judges_does_not_teach(edit):
 
 
 def check_rows_aside(module):
-    """A share of the rows, or what holds 8,192 entries, or 256 rows; all others teach."""
-    sizes = ((100, 5, 0.1, 10), (30_000, 5, 0.5, 1638), (30_000, 784, 0.1, 256), (9, 5, 0.1, 0))
+    """A share of the rows, one at least, or what holds 8,192 entries, or 256 rows; all others teach."""
+    sizes = ((100, 5, 0.1, 10), (30_000, 5, 0.5, 1638), (30_000, 784, 0.1, 256), (9, 5, 0.1, 1), (1, 5, 0.1, 0))
     for n, width, fraction, expected in sizes:
         assert module.rows_aside(n, width, fraction, quiet().noise).sum() == expected
     x, observed = rows_of(500)

@@ -161,7 +161,7 @@ class OnlineBase:
         self.an_epoch = n_batches // self.every
 
     def begin_epoch(self, epoch: int, epoch_of_round: int) -> None:
-        """epoch: from the beginning, for β; epoch_of_round: since the base began, for ρ. Both count from 0."""
+        """epoch: of the flow, for β; epoch_of_round: epochs of EM that the base has had, for ρ. Both count from 0."""
         self.t, self.batches = epoch_of_round * self.an_epoch, 0
         self.fading, self.recent = self.beta * 0.5**epoch, SuperBatch(self.super_batch) if self.super_batch else None
 
@@ -212,9 +212,10 @@ class Current:
 
 
 def rows_aside(n: int, width: int, fraction: float, noise: Noise) -> Bool[Tensor, " n"]:
-    """Rows that judge the epochs, drawn at random: a share of all, but no more than hold 8,192 entries, or than 256."""
+    """Rows that judge the epochs, drawn at random: a share of all, one at least, but no more than
+    hold 8,192 entries, or than 256."""
     lot = noise.uniform(n, 1).flatten()
-    return lot < lot.sort().values[min(int(fraction * n), max(256, 8192 // width))]
+    return lot < lot.sort().values[min(max(int(fraction * n), int(n > 1)), max(256, 8192 // width))]
 
 
 def hidden_in_turn(
@@ -281,7 +282,7 @@ def train_emflow(
     prior = fit_start(network, x, observed, run)
     online = OnlineBase(network, len(x), batch_size, prior, run, power, beta, super_batch)
     current, adam = Current(x, observed), run.adam(network.flow, learning_rate)
-    current.renew(network.begin, noise)
+    current.renew(network.begin, run.noise if network.fill == "random" else noise)
     run.keep(network=network, adam=adam, current=current)
     for epoch in run.epochs(max_epochs):
         rounds, within = divmod(max(epoch - 1, 0), round_epochs)
@@ -368,7 +369,7 @@ class EMFlowImputer(_EMFlowSteps):
     64 to 1,024). fill: how holes begin, see `EMFlow`. alpha: weight of the reconstruction error in eq. 14; None: no
     step down eq. 14 at all. draws, round_epochs, restart, beta, power: see `train_emflow`; super_batch: `OnlineBase`.
     n_passes: how often a fill goes to latent space and back. validation_fraction: rows kept aside to judge the
-    epochs. n_draws serves nothing here. The rest: `DeepImputer`."""
+    epochs, no more than 256 or what holds 8,192 entries. Fills stay in the range of a column's training values. n_draws serves nothing here. The rest: `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {
