@@ -358,7 +358,7 @@ def test_changed_table_is_refused_and_so_is_another_shape_without_card(tmp_path)
         ("olivetti", "olivetti/olivetti_64x64.npz", b"PK\x03\x04 cut short"),
         ("cifar10-jpeg", "cifar10/cifar10_jpeg_60000.tar.xz", b"<html>"),
         ("mnist", "mnist/MNIST/raw/train-images-idx3-ubyte.gz", b"<html>"),
-        ("mnist", "mnist/MNIST/raw/train-images-idx3-ubyte.gz", gzip.compress(b"\x00\x00\x08\x01\x00")[:-4]),
+        ("mnist", "mnist/MNIST/raw/train-images-idx3-ubyte.gz", gzip.compress(b"\x00\x00\x08\x01\x00", mtime=0)[:-4]),
     ],
 )
 def test_a_damaged_file_is_named(name, file, content, tmp_path):
@@ -461,7 +461,7 @@ def test_torchvision_download_of_mnist(monkeypatch, tmp_path):
     path.write_bytes(gzip.compress(idx(np.zeros((3, 28, 28)))[:-1]))
     with pytest.raises(ValueError, match="holds 2351 bytes where its header says 2352"):
         load("fashion-mnist")
-    path.write_bytes(gzip.compress(b"<html>not found"))
+    path.write_bytes(gzip.compress(b"<html>not found", mtime=0))
     with pytest.raises(ValueError, match="no IDX file"):
         load("fashion-mnist")
 
