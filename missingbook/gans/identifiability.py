@@ -235,9 +235,9 @@ def recoverable_range(
 ) -> tuple[float, float]:
     """Smallest and largest Σ weights · p over the distributions p with |matrix · p − y| ≤ slack (MisGAN, equation 8).
 
-    matrix: of `transition_matrix` or `marginal_matrix`; y: one number a row; weights: one a state (1 at s and 0 elsewhere
-    for p(s)); slack: one number, or one a row. Raises ValueError for lengths that disagree, a negative slack, and where
-    no distribution fits.
+    matrix: `marginal_matrix`, or `transition_matrix` unless masks are so rare (q under 1e-8) that a solver in floating
+    point loses them; y, slack: one number a row; weights: one a state (1 at s, else 0, for p(s)). Raises ValueError for
+    lengths that disagree, a negative slack, and where no distribution fits.
     """
     a, b, c = (np.asarray(part, dtype=float) for part in (matrix, y, weights))
     if a.ndim != 2 or b.shape != (a.shape[0],) or c.shape != (a.shape[1],):
