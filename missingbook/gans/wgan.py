@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ADVICE', 'wasserstein1', 'dense', 'Critic', 'Generator', 'slopes', 'gradient_penalty', 'critic_loss',
            'generator_loss', 'frozen', 'spread_ratio', 'coverage', 'spread_trouble', 'check_generator', 'wgan_adam',
-           'draw', 'train_wgan']
+           'weight_average', 'draw', 'train_wgan']
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #fd215fb8
 import math
@@ -207,6 +207,15 @@ def wgan_adam(
     for group in adam.param_groups:
         group["betas"] = betas
     return adam
+
+
+def weight_average(module: nn.Module, decay: float | int = 0.999) -> torch.optim.swa_utils.AveragedModel:
+    def mean_of(averaged, current, n):
+        w = torch.clamp(9 / (10 + n.float()), min=1 - decay)
+        for a, c in zip(averaged, current):
+            a.lerp_(c.to(a.dtype), w.to(a.dtype))
+
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=mean_of)
 
 
 def _wgan_steps(
