@@ -43,7 +43,7 @@ RIVALS = {
     "knn": NeighboursImputer,
     "softsvd": partial(SoftSVDImputer, n_strengths=6, smallest=0.03, max_steps=40, tol=1e-3, random_state=0),
 }
-FIT_ROWS = {"softsvd": 2000}  # its singular value decompositions grow with the rows; all are filled
+FIT_ROWS = {"softsvd": 1000}  # its singular value decompositions grow with the rows; all are filled
 
 
 def data(kind: str, rate: float, seed: int = 0) -> tuple[Tensor, Tensor]:
