@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..foundations.imputer import DeepImputer
 from ..foundations.training import RowNoise, TrainingDiverged, TrainingRun, choose_device, in_chunks, seed_from
 from missingbook.gans.wgan import (
-    ADVICE, Critic, Generator, critic_loss, dense, draw, frozen, spread_ratio, spread_trouble, weight_average,
+    ADVICE, Critic, Gate, Generator, critic_loss, dense, draw, frozen, spread_ratio, spread_trouble, weight_average,
 )
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a9150001
@@ -210,7 +210,7 @@ class ConvCritic(nn.Module):
         c, height, width = shape
         layers: list[nn.Module] = []
         for before, after in ((c, channels), (channels, 2 * channels), (2 * channels, 4 * channels)):
-            layers += [nn.Conv2d(before, after, 5, 2, 2), nn.ReLU()]
+            layers += [nn.Conv2d(before, after, 5, 2, 2), Gate()]
             height, width = -(-height // 2), -(-width // 2)
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * channels * height * width, 1))
 
