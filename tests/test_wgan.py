@@ -63,10 +63,29 @@ def check_distance(module):
 @pytest.mark.parametrize("edit", [
     ("return cost[linear_sum_assignment(cost.numpy())].mean().item()", "return cost.diagonal().mean().item()"),
     ("return cost[linear_sum_assignment(cost.numpy())]", "return cost.square()[linear_sum_assignment(cost.numpy())]"),
-    ("cost = torch.cdist(", "cost = (lambda a, b: torch.cdist(a, b, p=1))("),
+    ("    return torch.cdist(x.detach()", "    return (lambda *a, **o: torch.cdist(*a, p=1))(x.detach()"),
 ])
 def test_distance(edit):
     mutant_fails(check_distance, edit)
+
+
+def check_far_away(module):
+    """Far from the origin nothing is lost: for as many float64 rows, and for the radii of the coverage."""
+    x = torch.randn(60, 2, dtype=torch.float64, generator=seed())
+    assert module.wasserstein1(x + 1e6, x + 1e6) == 0
+    assert abs(module.wasserstein1(x + 1e6, x + 1e6 + 1e-3) - math.sqrt(2) * 1e-3) < 1e-6
+    near, far = (module.coverage(x + c, x[torch.randperm(60, generator=seed())] + c + 0.1) for c in (0.0, 1e6))
+    assert near == far
+    assert module.coverage(x[:20].repeat(6, 1).float() + 1e3, x[20:].float() + 1e3) == 0  # six copies: a radius of 0
+
+
+@pytest.mark.parametrize("edit", [
+    ('compute_mode="donot_use_mm_for_euclid_dist"', 'compute_mode="use_mm_for_euclid_dist"'),
+    ("x.detach().flatten(1).double(), y.detach().flatten(1).double(),",
+     "x.detach().flatten(1).float(), y.detach().flatten(1).float(),"),
+])
+def test_distances_far_from_the_origin(edit):
+    mutant_fails(check_far_away, edit)
 
 
 # --- penalty and losses ---------------------------------------------------------------------------------------
@@ -104,8 +123,8 @@ def test_penalty_of_a_linear_critic(edit):
 
 
 @pytest.mark.parametrize("edit", [
-    ("torch.lerp(fake.detach(), real.detach(), ", "torch.lerp(real.detach(), fake.detach(), "),
-    ("mix.view(-1, *[1] * (real.ndim - 1))", "mix.mean()"),
+    ("torch.lerp(fake, real, ", "torch.lerp(real, fake, "),
+    ("mix.to(dtype).view(-1, *[1] * (real.ndim - 1))", "mix.to(dtype).mean()"),
 ])
 def test_penalty_between_the_points(edit):
     mutant_fails(check_place, edit)
@@ -227,9 +246,28 @@ def check_spread(module):
     real = torch.randn(300, 3, generator=seed())
     assert abs(module.spread_ratio(real, torch.randn(200, 3, generator=seed(1))).item() - 1) < 0.1
     assert abs(module.spread_ratio(real, 3 * real + 5).item() - 3) < 1e-4
+    assert module.spread_ratio(real, real[:200]) == module.spread_ratio(real, real[:200])  # the pairs are seeded
     assert module.spread_ratio(real, torch.ones(50, 3)).item() == 0
     one = torch.rand(300, 1, generator=seed(2))
     assert abs(module.spread_ratio(one, one.sort(0)[0]).item() - 1) < 0.1  # rows may come sorted
+    for period in (2, 16):  # or in turns
+        turns = (torch.arange(512) % period).float()[:, None] + 0.01 * torch.randn(512, 1, generator=seed(4))
+        mixed = turns[torch.randperm(512, generator=seed(5))]
+        assert abs(module.spread_ratio(mixed, turns).item() - 1) < 0.05
+    two = torch.tensor([[0.0], [1.0]])
+    assert abs(module.spread_ratio(two, 3 * torch.rand(2000, 1, generator=seed(6))) - 1) < 0.05  # no row meets itself
+
+
+def check_apart(module):
+    """0 for equal distributions, 1 for two points; by all pairs in between; no unit."""
+    real, fake = torch.randn(400, 2, generator=seed()), torch.randn(300, 2, generator=seed(1))
+    assert abs(module.apartness(real, fake)) < 0.02 and abs(module.apartness(real, real)) < 0.02
+    assert module.apartness(torch.zeros(5, 2), torch.ones(5, 2)) == 1
+    moved = 0.5 * fake + torch.tensor([1.0, 0.0])
+    own = [torch.cdist(x, x).sum() / (len(x) * (len(x) - 1)) for x in (real, moved)]
+    exact = 1 - (own[0] + own[1]) / (2 * torch.cdist(real, moved).mean())
+    assert exact > 0.1 and abs(module.apartness(real, moved) - exact) < 0.02
+    assert abs(module.apartness(7 * real + 3, 7 * moved + 3) - module.apartness(real, moved)) < 1e-5
 
 
 def check_coverage(module):
@@ -242,11 +280,15 @@ def check_coverage(module):
 
 
 @pytest.mark.parametrize("check, edit", [
-    (check_spread, ("return own[0] / own[1]", "return own[1] / own[0]")),
-    (check_spread, ("(x - x.roll(k, 0)).norm(dim=1)", "x.norm(dim=1)")),
-    (check_spread, ("range(1, len(x), -(-len(x) // 64))", "range(1, min(len(x), 65))")),
+    (check_spread, ("_mean_distance(fake) / _mean_distance(real)", "_mean_distance(real) / _mean_distance(fake)")),
+    (check_spread, ("parts.append((x[i] - other)", "parts.append(x[i]")),
+    (check_spread, ("x[(i + 1 + j) % n]", "x[j]")),
+    (check_spread, ("x[(i + 1 + j) % n]", "x[(i + 1) % n]")),
+    (check_apart, ("(2 * _mean_distance(real, fake))", "_mean_distance(real, fake)")),
+    (check_apart, ("(_mean_distance(real) + _mean_distance(fake))", "(2 * _mean_distance(real))")),
+    (check_apart, ("else y[j]", "else y[i % m]")),
     (check_coverage, (".kthvalue(k + 1, dim=1)", ".kthvalue(k, dim=1)")),
-    (check_coverage, ("torch.cdist(real, fake).min(dim=1)", "torch.cdist(fake, real).min(dim=1)")),
+    (check_coverage, ("_distances(real, fake).min(dim=1)", "_distances(fake, real).min(dim=1)")),
 ])
 def test_spread_and_coverage(check, edit):
     mutant_fails(check, edit)
@@ -265,19 +307,91 @@ def check_detection(module):
     assert warned(module, sound, min_coverage=0.5) == ""
     assert "collapsed" in warned(module, 0.01 * sound)
     assert "ran away" in warned(module, 50 * sound)
-    assert "leaves data out" in warned(module, sound + 4, min_coverage=0.5) and warned(module, sound + 4) == ""
+    assert "misses" in warned(module, sound + 100) and "misses" in warned(module, sound + 1)
+    assert "leaves data out" in warned(module, sound + 4, min_coverage=0.5, farthest=1)
+    assert warned(module, sound + 4, farthest=1) == ""
 
 
 @pytest.mark.parametrize("edit", [
-    ('if not found["spread"] >= lowest:', "if False:"), ('elif found["spread"] > highest:', "elif False:"),
+    ("if not spread >= lowest:", "if False:"), ("if spread > highest else", "if False else"),
+    ('if not trouble and found["apart"] > farthest:', "if False:"),
     ('if not trouble and found["coverage"] < min_coverage:', "if False:"),
 ])
 def test_detection(edit):
     mutant_fails(check_detection, edit)
 
 
-def test_draws_that_are_not_finite():
-    refuses(lambda: wgan.check_generator(torch.zeros(4, 2), torch.full((4, 2), torch.nan)), TrainingDiverged, "NaN")
+def test_a_warning_points_at_the_caller():
+    with pytest.warns(RuntimeWarning, match="collapsed") as caught:
+        copy_of(wgan).check_generator(torch.randn(20, 2, generator=seed()), torch.zeros(20, 2))
+    assert caught[0].filename == __file__
+
+
+def check_faults_of_the_data(module):
+    """Draws that are not finite are the generator's fault; data that are not, or that are all the same, are not."""
+    nan, sound = torch.full((4, 2), torch.nan), torch.randn(4, 2, generator=seed())
+    for real, fake, kind, words in ((sound, nan, TrainingDiverged, "NaN"), (nan, sound, ValueError, "8 entries"),
+                                    (torch.ones(4, 2), sound, ValueError, "the same"),
+                                    (torch.ones(4, 2), torch.ones(4, 2), ValueError, "the same")):
+        try:
+            module.check_generator(real, fake)
+        except (ValueError, TrainingDiverged) as error:
+            assert isinstance(error, kind) and words in str(error)
+        else:
+            raise AssertionError("no error")
+
+
+@pytest.mark.filterwarnings("ignore:the generator:RuntimeWarning")
+@pytest.mark.parametrize("edit", [("if (real == real[:1]).all():", "if False:"),
+                                  ("    if not torch.isfinite(fake).all():", "    if False:"),
+                                  ("len(real) < 2 or not torch.isfinite(real).all()", "len(real) < 2")])
+def test_whose_fault(edit):
+    mutant_fails(check_faults_of_the_data, edit)
+
+
+# --- the running mean of the weights ------------------------------------------------------------------------------
+
+
+def check_average(module):
+    """a ← a + w (c − a) with w = max(1 − decay, 9 / (10 + n)); a count is copied; the module itself is left alone."""
+    network = nn.BatchNorm1d(1)
+    mean, by_hand = module.weight_average(network, 0.6), 1.0
+    for n, value in enumerate((2.0, -1.0, 4.0) * 6):
+        network.weight.data.fill_(value)
+        network.running_mean.fill_(value - 1)
+        network.num_batches_tracked.fill_(n)
+        mean.update_parameters(network)
+        by_hand += max(0.4, 9 / (10 + n)) * (value - by_hand)
+    assert abs(mean.module.weight.item() - by_hand) < 1e-5 and abs(mean.module.running_mean.item() - by_hand + 1) < 1e-5
+    assert mean.module.num_batches_tracked == 17 == mean.n_averaged - 1 and network.weight.item() == 4
+    assert network.training and not mean.module.training and not any(w.requires_grad for w in mean.parameters())
+    last = module.weight_average(network, 0.0)
+    network.weight.data.fill_(7)
+    last.update_parameters(network)
+    assert last.module.weight.item() == 7
+
+
+@pytest.mark.parametrize("edit", [
+    ("clamp(min=1 - decay)", "clamp(min=decay)"), ("w = (9 / (10 + n))", "w = (1 / (10 + n))"),
+    ("a.lerp_(c.to(a.dtype), w.to(a.dtype))", "a.lerp_(c.to(a.dtype), 1 - w.to(a.dtype))"),
+    ("            if not a.is_floating_point():", "            if False:"),
+    ("self.n_averaged += 1", "pass"),
+])
+def test_average(edit):
+    mutant_fails(check_average, edit)
+
+
+def test_average_is_stored_and_restored():
+    network = nn.Linear(2, 1)
+    mean, other = wgan.weight_average(network), wgan.weight_average(network)
+    for _ in range(3):
+        network.weight.data += 1
+        mean.update_parameters(network)
+    other.load_state_dict(mean.state_dict())
+    for each in (mean, other):
+        network.weight.data.zero_()
+        each.update_parameters(network)
+    assert torch.equal(mean.module.weight, other.module.weight) and mean.n_averaged == other.n_averaged == 4
 
 
 # --- the loop -----------------------------------------------------------------------------------------------------
@@ -303,7 +417,8 @@ def check_learns(module, epochs=25):
     end = wgan.wasserstein1(wgan.draw(generator, 256, seed(3)), x[:256])
     assert begin > 3 and end < begin / 3, (begin, end)
     assert not generator.training and not critic.training
-    assert {"distance", "penalty", "spread"} <= set(run.history.columns) and np.isfinite(run.history).all().all()
+    assert {"distance", "penalty", "spread", "apart"} <= set(run.history.columns)
+    assert np.isfinite(run.history).all().all()
 
 
 @pytest.mark.parametrize("edit", [
@@ -331,7 +446,7 @@ def check_rhythm(module):
 
 
 @pytest.mark.filterwarnings("ignore:the generator:RuntimeWarning")
-@pytest.mark.parametrize("edit", [("epoch * per_epoch + 1)", "1)"), ("if step % n_critic == 0:", "if step % 2 == 0:")])
+@pytest.mark.parametrize("edit", [("epoch * per_epoch + 1)", "1)"), ("n_critic: int = 5", "n_critic: int = 2")])
 def test_five_to_one(edit):
     mutant_fails(check_rhythm, edit)
 
@@ -365,7 +480,7 @@ def weights_of(*networks):
 
 
 def interrupted(path, stop):
-    def at(epoch):
+    def at(epoch, shown):
         if epoch == stop:
             raise KeyboardInterrupt
 
@@ -394,7 +509,50 @@ def test_a_run_that_collapses_says_so():
         for w in generator.parameters():
             w.zero_()
     with pytest.warns(RuntimeWarning, match="collapsed"):
-        wgan.train_wgan(generator, critic, far_cloud(64), quiet(), 1, 64)
+        wgan.train_wgan(generator, critic, far_cloud(64), quiet(), 5, 64)
+
+
+def check_ends_with_the_mean(module):
+    """What on_epoch was shown last is what the generator ends with: the mean, or without one the last weights."""
+    def ends(average):
+        generator, critic = players(module=module)
+        seen = {}
+        note = lambda _, shown: seen.update(shown=weights_of(shown), last=weights_of(generator))  # noqa: E731
+        module.train_wgan(generator, critic, far_cloud(96), quiet(), 10, 32, on_epoch=note, average=average)
+        assert torch.equal(weights_of(generator), seen["shown"])
+        return torch.equal(seen["shown"], seen["last"])
+
+    assert [ends(average) for average in (0.999, None, 0)] == [False, True, True]
+
+
+@pytest.mark.filterwarnings("ignore:the generator:RuntimeWarning")
+@pytest.mark.parametrize("edit", [
+    ("    generator.load_state_dict(mean.module.state_dict())", "    pass"),
+    ("                mean.update_parameters(generator)", "                pass"),
+    ("average or 0.0", "0.0"), ("average or 0.0", "0.999"),
+    ("on_epoch(epoch, mean.module)", "on_epoch(epoch, generator)"),
+])
+def test_the_generator_ends_with_the_mean(edit):
+    mutant_fails(check_ends_with_the_mean, edit)
+
+
+@pytest.mark.filterwarnings("ignore:the generator:RuntimeWarning")
+def test_types_of_data_and_networks():
+    """Any type of numbers trains, to the same result; weights may be float64, and a step may run in 16 bits."""
+    ends = {}
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.int64):
+        generator, critic = players()
+        wgan.train_wgan(generator, critic, (4 * far_cloud(64)).round().to(dtype), quiet(), 4, 32)
+        ends[dtype] = weights_of(generator, critic)
+    assert all(torch.equal(end, ends[torch.float32]) for end in ends.values())
+    generator, critic = (network.double() for network in players())
+    wgan.train_wgan(generator, critic, far_cloud(64), quiet(), 4, 32)
+    assert weights_of(generator).dtype == torch.float64 and torch.isfinite(weights_of(generator, critic)).all()
+    for precision in ("float32", "bf16"):
+        generator, critic = players()
+        wgan.train_wgan(generator, critic, far_cloud(64), quiet(precision=precision), 10, 32)
+        ends[precision] = weights_of(generator, critic)
+    assert 0 < (ends["bf16"] - ends["float32"]).abs().max() < 0.05 and ends["bf16"].dtype == torch.float32
 
 
 def test_pictures_and_images_of_another_critic():
@@ -413,22 +571,44 @@ def test_pictures_and_images_of_another_critic():
     assert all(shift[:-1])  # all but the critic's last bias, which no difference of means can feel
 
 
+def trains(x=None, networks=None, **options):
+    return lambda: wgan.train_wgan(*(networks or players()), far_cloud(20) if x is None else x, quiet(), **options)
+
+
+NORMALIZED = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+
+
 @pytest.mark.parametrize("call, words", [
     (lambda: wgan.wasserstein1(torch.zeros(3, 2), torch.zeros(4, 2)), "3 rows and y 4"),
-    (lambda: wgan.wasserstein1(torch.zeros(0, 2), torch.zeros(0, 2)), "0 rows"),
+    (lambda: wgan.wasserstein1(torch.zeros(0, 2), torch.zeros(0, 2)), "0 and 0 rows"),
+    (lambda: wgan.wasserstein1(torch.zeros(3), torch.zeros(3)), "cannot be compared"),
+    (lambda: wgan.wasserstein1(torch.zeros(4, 1, 2, 2), torch.zeros(4, 4)), "cannot be compared"),
+    (lambda: wgan.wasserstein1(torch.full((3, 2), torch.nan), torch.zeros(3, 2)), "all finite"),
     (lambda: wgan.gradient_penalty(nn.Linear(2, 1), torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3)),
      "as many rows"),
+    (lambda: wgan.gradient_penalty(nn.Linear(2, 1), *(torch.zeros(3, 2),) * 2, torch.zeros(1)), "one number a row"),
     (lambda: wgan.gradient_penalty(nn.Linear(2, 2), *(torch.zeros(3, 2),) * 2, torch.zeros(3)), "one number a row"),
+    (lambda: wgan.slopes(lambda x: torch.ones(len(x)), torch.zeros(3, 2)), "do not depend"),
+    (lambda: wgan.slopes(lambda x: torch.ones(len(x), requires_grad=True), torch.zeros(3, 2)), "do not depend"),
+    (lambda: wgan.critic_loss(nn.Linear(2, 1), *(torch.zeros(3, 2),) * 2, torch.zeros(3), -1), "weight=-1"),
     (lambda: wgan.generator_loss(nn.Linear(2, 2), torch.zeros(3, 2)), "one number a row"),
     (lambda: wgan.dense((3,)), "two or more"),
     (lambda: wgan.Critic(2, (0,)), "two or more"),
     (lambda: wgan.spread_ratio(torch.zeros(1, 2), torch.zeros(4, 2)), "2 or more"),
+    (lambda: wgan.check_generator(torch.rand(16, 2), torch.rand(16, 5)), "cannot be compared"),
     (lambda: wgan.coverage(torch.zeros(4, 2), torch.zeros(4, 2), k=4), "k=4 with 4 rows"),
-    (lambda: wgan.train_wgan(*players(), torch.zeros(1, 2), quiet()), "1 rows"),
-    (lambda: wgan.train_wgan(*players(), torch.full((4, 2), torch.nan), quiet()), "8 entries"),
-    (lambda: wgan.train_wgan(*players(), torch.zeros(4, 2), quiet(), n_critic=0), "n_critic=0"),
-    (lambda: wgan.train_wgan(*players(), torch.zeros(4, 2), quiet(), batch_size=0), "batch_size=0"),
-    (lambda: wgan.train_wgan(nn.Linear(2, 2), nn.Linear(2, 1), torch.zeros(4, 2), quiet()), "no `latent`"),
+    (lambda: wgan.coverage(torch.full((8, 2), torch.nan), torch.zeros(4, 2)), "finite"),
+    (lambda: wgan.weight_average(nn.Linear(2, 1), 1.0), "decay=1.0"),
+    (trains(torch.zeros(1, 2)), "1 rows"),
+    (trains(torch.full((4, 2), torch.nan)), "8 entries"),
+    (trains(torch.ones(4, 2)), "the same"),
+    (trains(n_critic=0), "n_critic=0"), (trains(n_critic=2.5), "n_critic=2.5"),
+    (trains(n_critic=10**6), "100 steps of the critic"), (trains(far_cloud(6), max_epochs=4), "4 steps of the critic"),
+    (trains(batch_size=0), "batch_size=0"), (trains(max_epochs=0), "max_epochs=0"), (trains(weight=-10), "weight=-10"),
+    (trains(average=1.5), "decay=1.5"),
+    (trains(networks=(players()[0], players()[1].double())), "one type"),
+    (trains(networks=(players()[0], NORMALIZED)), "normalizes over the batch"),
+    (trains(networks=(nn.Linear(2, 2), nn.Linear(2, 1))), "no `latent`"),
 ])
 def test_clear_errors(call, words):
     refuses(call, ValueError, words)

@@ -4,30 +4,48 @@
 
 # %% auto #0
 __all__ = ['ADVICE', 'wasserstein1', 'Gate', 'dense', 'Critic', 'Generator', 'slopes', 'gradient_penalty', 'critic_loss',
-           'generator_loss', 'frozen', 'spread_ratio', 'coverage', 'spread_trouble', 'check_generator', 'wgan_adam',
-           'weight_average', 'draw', 'train_wgan']
+           'generator_loss', 'frozen', 'spread_ratio', 'apartness', 'coverage', 'spread_trouble', 'check_generator',
+           'wgan_adam', 'weight_average', 'draw', 'train_wgan']
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #fd215fb8
 import math
+import numbers
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..foundations.training import TrainingDiverged, TrainingRun
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #843eccde
-def wasserstein1(x: Float[Tensor, "n *shape"], y: Float[Tensor, "n *shape"]) -> float:
-    """Exact Wasserstein-1 distance of two samples of the same size: min over permutations of the mean of ‖x_i − y_π(i)‖.
+def _check_shapes(real: Tensor, fake: Tensor, least: int = 1) -> None:
+    if real.ndim < 2 or real.shape[1:] != fake.shape[1:]:
+        raise ValueError(f"rows of shapes {tuple(real.shape)} and {tuple(fake.shape)} cannot be compared; give (rows, "
+                         "width), or pictures, of the same shape")
+    if min(len(real), len(fake)) < least:
+        raise ValueError(f"{len(real)} and {len(fake)} rows; {least} or more of each are needed")
 
-    Work grows like n³; 1000 rows take about a second. Raises ValueError for samples of different size, or of none."""
-    if len(x) != len(y) or not len(x):
-        raise ValueError(f"x has {len(x)} rows and y {len(y)}; give as many of each, and 1 or more")
-    cost = torch.cdist(x.detach().flatten(1).double().cpu(), y.detach().flatten(1).double().cpu())
+
+def _distances(x: Tensor, y: Tensor) -> Float[Tensor, "n m"]:
+    """‖x_i − y_j‖ in float64, by differences: the faster way by products loses all digits far from the origin."""
+    return torch.cdist(x.detach().flatten(1).double(), y.detach().flatten(1).double(),
+                       compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def wasserstein1(x: Float[Tensor, "n *shape"], y: Float[Tensor, "n *shape"]) -> float:
+    """Wasserstein-1 distance of two samples of the same size: min over permutations σ of the mean of ‖x_i − y_σ(i)‖.
+
+    Computed in float64, with no approximation; work grows like n³. Raises ValueError for samples of different size or
+    shape, of none, and for entries that are not finite."""
+    _check_shapes(x, y)
+    if len(x) != len(y) or not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+        raise ValueError(f"x has {len(x)} rows and y {len(y)}; give as many of each, all finite")
+    cost = _distances(x.cpu(), y.cpu())
     return cost[linear_sum_assignment(cost.numpy())].mean().item()
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #358ec065
@@ -96,17 +114,24 @@ def _values(critic: Callable[[Tensor], Tensor], x: Tensor) -> Float[Tensor, " ba
 def slopes(critic: Callable[[Tensor], Tensor], x: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
     """‖∇f(x)‖ for each row, differentiable in the critic's weights; 0 where the gradient is.
 
-    Rows must not see each other in the critic. Raises ValueError for a critic that gives other than one number a row."""
+    Rows must not see each other in the critic. Raises ValueError for a critic that gives other than one number a row, or
+    that does not use x."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(_values(critic, x).sum(), x, create_graph=True)
+        total, gradient = _values(critic, x).sum(), None
+        if total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, x, create_graph=True, allow_unused=True)
+        if gradient is None:
+            raise ValueError("the critic's numbers do not depend on its rows, or cannot be differentiated")
         return torch.linalg.vector_norm(gradient.flatten(1), dim=1)
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #7fa56fe4
-def _check_pairs(real: Tensor, fake: Tensor) -> None:
+def _check_pairs(real: Tensor, fake: Tensor, mix: Tensor) -> None:
     if real.shape != fake.shape or not len(real):
         raise ValueError(f"real has shape {tuple(real.shape)} and fake {tuple(fake.shape)}; give as many rows of the "
                          "same shape, and 1 or more")
+    if mix.shape != real.shape[:1]:
+        raise ValueError(f"mix has shape {tuple(mix.shape)} for {len(real)} rows; give one number a row")
 
 
 def gradient_penalty(
@@ -116,8 +141,8 @@ def gradient_penalty(
     """Mean of (‖∇f(x̂)‖ − 1)² at x̂ = mix · real + (1 − mix) · fake (Gulrajani et al. 2017, equation 3, without λ).
 
     mix: uniform numbers in [0, 1), one a row; they are handed in so that a GPU can record the step. Gradients reach the
-    critic's weights only. Raises ValueError for shapes that differ, and for a critic of several numbers a row."""
-    _check_pairs(real, fake)
+    critic's weights only. Raises ValueError for shapes that differ, and what `slopes` raises."""
+    _check_pairs(real, fake, mix)
     dtype = torch.promote_types(real.dtype, mix.dtype)  # under autocast the fakes are in 16 bits
     real, fake = real.detach().to(dtype), fake.detach().to(dtype)
     between = torch.lerp(fake, real, mix.to(dtype).view(-1, *[1] * (real.ndim - 1)))
@@ -130,7 +155,10 @@ def critic_loss(
 ) -> dict[str, Float[Tensor, ""]]:
     """Loss of the critic, −distance + weight · penalty, and these two (Gulrajani et al. 2017, equation 3).
 
-    distance: mean f(real) − mean f(fake). Gradients reach the critic only. Raises as `gradient_penalty` does."""
+    distance: mean f(real) − mean f(fake). Gradients reach the critic only. Raises as `gradient_penalty` does, and
+    ValueError for a weight below 0, which would reward what the penalty forbids."""
+    if not weight >= 0:
+        raise ValueError(f"weight={weight!r}: use 0 or more")
     penalty = gradient_penalty(critic, real, fake, mix)
     on_real, on_fake = _values(critic, torch.cat([real.detach(), fake.detach()])).chunk(2)
     distance = on_real.mean() - on_fake.mean()
@@ -155,28 +183,53 @@ def frozen(*modules: nn.Module) -> Iterator[None]:
             w.requires_grad_(True)
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #e493324a
+def _mean_distance(x: Tensor, y: Tensor | None = None, pairs: int = 8192) -> Float[Tensor, ""]:
+    """Mean of ‖x_i − y_j‖, or of ‖x_i − x_j‖ with i ≠ j, over random pairs: the same ones at every call of these sizes.
+
+    The numbers are drawn on the device, a part at a time for memory, and nothing here waits for it."""
+    source, n, m = torch.Generator(x.device).manual_seed(0), len(x), len(x if y is None else y)
+    parts = []
+    for _ in range(8):
+        i = torch.randint(n, (pairs // 8,), generator=source, device=x.device)
+        j = torch.randint(m - (y is None), (pairs // 8,), generator=source, device=x.device)
+        other = x[(i + 1 + j) % n] if y is None else y[j]
+        parts.append((x[i] - other).norm(dim=1).mean())
+    return torch.stack(parts).mean()
+
+
+def _flat(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    _check_shapes(real, fake, 2)
+    return tuple(x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (real, fake))
+
+
 def spread_ratio(real: Float[Tensor, "n *shape"], fake: Float[Tensor, "m *shape"]) -> Float[Tensor, ""]:
     """Mean distance of two draws over that of two data rows; near 1 where all is well. A tensor: it waits for no device.
 
-    Every row is compared with 64 others at most, near and far in the order of the rows. Raises ValueError for fewer than 2 rows of either."""
-    if min(len(real), len(fake)) < 2:
-        raise ValueError(f"real has {len(real)} rows and fake {len(fake)}; a spread needs 2 or more of each")
-    real, fake = (x.detach().flatten(1).to(torch.promote_types(x.dtype, torch.float32)) for x in (real, fake))
-    own = [torch.stack([(x - x.roll(k, 0)).norm(dim=1).mean() for k in range(1, len(x), -(-len(x) // 64))]).mean()
-           for x in (fake, real)]
-    return own[0] / own[1]
+    From 8192 random pairs of each. Raises ValueError for fewer than 2 rows of either, and for rows of another shape."""
+    real, fake = _flat(real, fake)
+    return _mean_distance(fake) / _mean_distance(real)
+
+
+def apartness(real: Float[Tensor, "n *shape"], fake: Float[Tensor, "m *shape"]) -> Float[Tensor, ""]:
+    """1 − (E‖x − x′‖ + E‖y − y′‖) / (2 E‖x − y‖): 0 for equal distributions, 1 for two points (Székely and Rizzo 2013).
+
+    In [0, 1] but for chance; without unit. A tensor, from 8192 random pairs of each kind. Raises as `spread_ratio` does."""
+    real, fake = _flat(real, fake)
+    return 1 - (_mean_distance(real) + _mean_distance(fake)) / (2 * _mean_distance(real, fake))
 
 
 def coverage(real: Float[Tensor, "n *shape"], fake: Float[Tensor, "m *shape"], k: int = 5) -> float:
     """Share of data rows with a draw within the distance of their k-th nearest neighbour in the data (Naeem et al. 2020).
 
-    About 1 − 2⁻ᵏ for as many draws of the same distribution. Raises ValueError where k is not from 1 to n − 1."""
-    if not 1 <= k < len(real) or not len(fake):
-        raise ValueError(f"k={k} with {len(real)} rows of data and {len(fake)} draws; k must be from 1 to "
-                         f"{len(real) - 1}, and 1 draw or more is needed")
-    real, fake = real.detach().flatten(1), fake.detach().flatten(1)
-    radius = torch.cdist(real, real).kthvalue(k + 1, dim=1)[0]  # the nearest one is the row itself
-    return (torch.cdist(real, fake).min(dim=1)[0] <= radius).float().mean().item()
+    About 1 − 2⁻ᵏ for as many draws of the same distribution. Rows that stand in the data more than k times have the
+    distance 0 and are covered by a copy only. Raises ValueError where k is not from 1 to n − 1, and for NaN."""
+    _check_shapes(real, fake)
+    if not 1 <= k < len(real):
+        raise ValueError(f"k={k} with {len(real)} rows of data; k must be from 1 to {len(real) - 1}")
+    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
+        raise ValueError("data and draws must be finite")
+    radius = _distances(real, real).kthvalue(k + 1, dim=1)[0]  # the nearest one is the row itself
+    return (_distances(real, fake).min(dim=1)[0] <= radius).double().mean().item()
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #23ea6474
 ADVICE = "Try more epochs, a smaller learning_rate or more critic steps (n_critic)"
@@ -189,21 +242,43 @@ def spread_trouble(spread: float, who: str = "the generator", lowest: float | in
     return f"{who} ran away: its draws differ {spread:.2g} times as much as the data do" if spread > highest else ""
 
 
-def check_generator(
-    real: Float[Tensor, "n *shape"], fake: Float[Tensor, "m *shape"], lowest: float | int = 0.25, highest: float | int = 4,
-    min_coverage: float | int | None = None,
-) -> dict[str, float]:
-    """Spread ratio (with min_coverage: coverage, too) of draws, with a RuntimeWarning where they left the given range.
+def _check_data(real: Tensor) -> None:
+    """ValueError for data at which no generator can be judged."""
+    if len(real) < 2 or not torch.isfinite(real).all():
+        raise ValueError(f"the data have {len(real)} rows, {int((~torch.isfinite(real)).sum())} entries of them NaN or "
+                         "infinite; give 2 rows or more, finite")
+    if (real == real[:1]).all():
+        raise ValueError("all rows of the data are the same: there is no spread to compare with, and nothing to learn")
 
-    Raises TrainingDiverged for draws that are not finite, and what `spread_ratio` and `coverage` raise."""
+
+def _judged(
+    real: Tensor, fake: Tensor, lowest: float | int = 0.25, highest: float | int = 4,
+    farthest: float | int = 0.05, min_coverage: float | int | None = None,
+) -> tuple[dict[str, float], str]:
+    """(spread, apart and perhaps coverage; what is wrong in words); raises as `check_generator` does."""
     if not torch.isfinite(fake).all():
         raise TrainingDiverged("the generator draws NaN or infinite values; try a smaller learning_rate")
-    found = {"spread": spread_ratio(real, fake).item()}
+    _check_data(real)
+    found = {"spread": spread_ratio(real, fake).item(), "apart": apartness(real, fake).item()}
     trouble = spread_trouble(found["spread"], lowest=lowest, highest=highest)
+    if not trouble and found["apart"] > farthest:
+        trouble = f"the generator misses the data: draws lie {found['apart']:.2g} apart from them, on a scale from 0 to 1"
     if min_coverage is not None:
         found["coverage"] = coverage(real, fake)
         if not trouble and found["coverage"] < min_coverage:
             trouble = f"the generator leaves data out: only {found['coverage']:.0%} of the rows have a draw nearby"
+    return found, trouble
+
+# %% ../../nbs/04_gans/01_wgan.ipynb #c7d2e0a4
+def check_generator(
+    real: Float[Tensor, "n *shape"], fake: Float[Tensor, "m *shape"], lowest: float | int = 0.25, highest: float | int = 4,
+    min_coverage: float | int | None = None, farthest: float | int = 0.05,
+) -> dict[str, float]:
+    """Spread ratio and apartness (with min_coverage: coverage, too) of draws; a RuntimeWarning where they left the range.
+
+    Raises TrainingDiverged for draws that are not finite, ValueError for data that are not or are all the same, and what
+    `spread_ratio` and `coverage` raise."""
+    found, trouble = _judged(real, fake, lowest, highest, farthest, min_coverage)
     if trouble:
         warnings.warn(f"{trouble}. {ADVICE}", RuntimeWarning, stacklevel=2)
     return found
@@ -219,19 +294,13 @@ def wgan_adam(
     return adam
 
 
-def weight_average(module: nn.Module, decay: float | int = 0.999) -> torch.optim.swa_utils.AveragedModel:
-    def mean_of(averaged, current, n):
-        w = torch.clamp(9 / (10 + n.float()), min=1 - decay)
-        for a, c in zip(averaged, current):
-            a.lerp_(c.to(a.dtype), w.to(a.dtype))
-
-    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=mean_of)
-
-
 def _wgan_steps(
-    generator: nn.Module, critic: nn.Module, run: TrainingRun, weight: float | int, adams: list[torch.optim.Adam]
+    generator: nn.Module, critic: nn.Module, run: TrainingRun, weight: float | int, learning_rate: float | int
 ) -> tuple[Callable, Callable]:
-    """(critic_step(rows, z, mix), generator_step(z)); each returns its values."""
+    """(critic_step(rows, z, mix), generator_step(z)); each returns its values. The run keeps networks and optimizers."""
+    adams = [wgan_adam(run, network, learning_rate) for network in (critic, generator)]
+    run.keep(generator=generator, critic=critic, critic_adam=adams[0], generator_adam=adams[1])
+
     def critic_values(rows: Tensor, z: Tensor, mix: Tensor) -> dict[str, Tensor]:
         with torch.no_grad():
             fake = generator(z)
@@ -243,16 +312,58 @@ def _wgan_steps(
 
     return run.stepper(critic_values, adams[0]), run.stepper(generator_values, adams[1])
 
+# %% ../../nbs/04_gans/01_wgan.ipynb #9d41f3b8
+class _RunningMean(AveragedModel):
+    """`AveragedModel` that asks the device nothing: PyTorch's own update looks at `n_averaged`, and has to wait for it."""
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        averaged, current = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
+        pairs = list(zip(averaged, current, strict=True))
+        self.multi_avg_fn(*zip(*[pair for pair in pairs if pair[0].is_floating_point()]), self.n_averaged)
+        for a, c in pairs:
+            if not a.is_floating_point():  # a count has no mean
+                a.copy_(c)
+        self.n_averaged += 1
+
+
+def weight_average(module: nn.Module, decay: float = 0.999) -> AveragedModel:
+    """A copy of the module, as `.module`, that follows it: a ← a + w (c − a) with w = max(1 − decay, 9 / (10 + n)).
+
+    n: the updates so far; the mean is over a last part of training at first, and over 1 / (1 − decay) steps at most.
+    Call `update_parameters(module)` after each step. Buffers are averaged, too. Raises ValueError for a decay outside
+    of [0, 1)."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay={decay!r}: use a number from 0 to below 1")
+
+    def follow(averaged: Sequence[Tensor], current: Sequence[Tensor], n: Tensor) -> None:
+        w = (9 / (10 + n)).clamp(min=1 - decay)
+        for a, c in zip(averaged, current, strict=True):
+            a.lerp_(c.to(a.dtype), w.to(a.dtype))
+
+    device = next(module.parameters()).device
+    return _RunningMean(module, device, multi_avg_fn=follow, use_buffers=True).requires_grad_(False).eval()
+
 # %% ../../nbs/04_gans/01_wgan.ipynb #f91e640d
-def _check_training(x: Tensor, generator: nn.Module, **least: int) -> None:
-    if len(x) < 2 or not torch.isfinite(x).all():
-        raise ValueError(f"x has {len(x)} rows, {int((~torch.isfinite(x)).sum())} entries of them NaN or infinite; give 2 "
-                         "rows or more, finite")
-    if not hasattr(generator, "latent"):
+def _check_training(
+    x: Tensor, networks: tuple[nn.Module, nn.Module], max_epochs: int, batch_size: int, n_critic: int, weight: float | int
+) -> None:
+    """ValueError for what would fail in the loop, or worse, not fail."""
+    for name, value in (("n_critic", n_critic), ("batch_size", batch_size), ("max_epochs", max_epochs)):
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise ValueError(f"{name}={value!r}: use a whole number, 1 or more")
+    if not weight >= 0:
+        raise ValueError(f"weight={weight!r}: use 0 or more")
+    _check_data(x)
+    if not hasattr(networks[0], "latent"):
         raise ValueError("the generator has no `latent`: set it to the number of its noise variables")
-    for name, value in least.items():
-        if value < 1:
-            raise ValueError(f"{name}={value!r}: use 1 or more")
+    if any(weights.dtype != x.dtype for network in networks for weights in network.parameters()):
+        raise ValueError("generator and critic must have weights of one type; .float() makes them float32")
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in networks[1].modules()):
+        raise ValueError("the critic normalizes over the batch, so no row has a slope of its own; take LayerNorm, or none")
+    if (steps := max_epochs * -(-len(x) // batch_size)) < n_critic:
+        raise ValueError(f"max_epochs={max_epochs} and batch_size={batch_size} make {steps} steps of the critic, and the "
+                         f"generator's first would come after n_critic={n_critic}: give more epochs or a smaller batch")
 
 
 @torch.no_grad()
@@ -264,31 +375,40 @@ def draw(generator: nn.Module, n: int, noise: torch.Generator | None = None) -> 
 
 # %% ../../nbs/04_gans/01_wgan.ipynb #b7ee14e6
 def train_wgan(
-    generator: nn.Module, critic: nn.Module, x: Float[Tensor, "n *shape"], run: TrainingRun, max_epochs: int = 100,
+    generator: nn.Module, critic: nn.Module, x: Shaped[Tensor, "n *shape"], run: TrainingRun, max_epochs: int = 100,
     batch_size: int = 64, learning_rate: float | int = 1e-4, n_critic: int = 5, weight: float | int = 10.0,
-    on_epoch: Callable[[int], None] | None = None,
+    on_epoch: Callable[[int, nn.Module], None] | None = None, average: float | int | None = 0.999,
 ) -> None:
     """WGAN-GP (Gulrajani et al. 2017, algorithm 1): a step of the generator after every n_critic steps of the critic.
 
-    generator: normal noise (batch, generator.latent) → rows like x; critic: rows → one number each. on_epoch(epoch) is
-    called after every epoch, for pictures. Logged: distance, penalty, spread. Both networks end on the run's device, in
-    evaluation mode. Warns of a generator that collapsed or ran away. Raises ValueError for x not finite or below 2 rows."""
-    _check_training(x, generator, n_critic=n_critic, batch_size=batch_size)
-    generator.to(run.device).train(), critic.to(run.device).train()
-    adams = [wgan_adam(run, network, learning_rate) for network in (critic, generator)]
-    run.keep(generator=generator, critic=critic, critic_adam=adams[0], generator_adam=adams[1])
-    critic_step, generator_step = _wgan_steps(generator, critic, run, weight, adams)
+    generator: normal noise (batch, generator.latent) → rows like x; critic: rows → one number each. x: numbers of any
+    type, scaled to about unit size; they take the generator's type. average: decay of `weight_average`; the generator
+    ends with the mean; None or 0: with its last weights. on_epoch(epoch, shown) is called after every epoch; shown is
+    the generator as it would end now. Logged: distance, penalty, and of shown spread and apart. Networks end on the
+    run's device, in evaluation mode; layers like dropout follow PyTorch's global seed. Warns of draws that collapsed,
+    ran away or miss the data. Raises ValueError for settings, data or networks that cannot work."""
+    x = x.to(next(generator.parameters()).dtype)
+    _check_training(x, (generator, critic), max_epochs, batch_size, n_critic, weight)
     x, per_epoch = run.place(x), -(-len(x) // batch_size)
-    some = x[:: -(-len(x) // 256)].to(run.device)  # from everywhere: rows may be sorted
+    generator.to(run.device).train(), critic.to(run.device).train()
+    critic_step, generator_step = _wgan_steps(generator, critic, run, weight, learning_rate)
+    mean = weight_average(generator, average or 0.0)
+    run.keep(average=mean)
+    some = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(run.seed))[:512].to(x.device)].to(run.device)
     for epoch in run.epochs(max_epochs):
         for step, (rows,) in enumerate(run.batches(x, batch_size=batch_size), epoch * per_epoch + 1):
-            n = len(rows)
-            values = critic_step(rows, run.noise.normal(n, generator.latent), run.noise.uniform(n))
+            z = [run.noise.normal(len(rows), generator.latent).to(x.dtype) for _ in range(1 + (step % n_critic == 0))]
+            values = critic_step(rows, z[0], run.noise.uniform(len(rows)).to(x.dtype))
             run.log(distance=values["distance"], penalty=values["penalty"])
             if step % n_critic == 0:
-                generator_step(run.noise.normal(n, generator.latent))
-        run.log(spread=spread_ratio(some, draw(generator, 256, run.noise.generator)))
+                generator_step(z[1])
+                mean.update_parameters(generator)
+        fake = draw(mean.module, 512, run.noise.generator)
+        run.log(spread=spread_ratio(some, fake), apart=apartness(some, fake))
         if on_epoch is not None:
-            on_epoch(epoch)
+            on_epoch(epoch, mean.module)
+    generator.load_state_dict(mean.module.state_dict())
     generator.eval(), critic.eval()
-    check_generator(some.cpu(), draw(generator, 1024, torch.Generator().manual_seed(run.seed)).cpu())
+    trouble = _judged(some.cpu(), draw(generator, 1024, torch.Generator().manual_seed(run.seed)).cpu())[1]
+    if trouble:
+        warnings.warn(f"{trouble}. {ADVICE}", RuntimeWarning, stacklevel=2)
