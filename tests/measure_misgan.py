@@ -33,8 +33,8 @@ from missingbook.foundations.data import load
 from missingbook.foundations.masks import independent_dropout, square_observed
 from missingbook.foundations.metrics import fid, rmse
 from missingbook.foundations.training import TrainingRun, seeded
-from missingbook.gans.misgan import MisGAN, dense_misgan, imputed, square_overlap, train_misgan
-from missingbook.gans.wgan import draw
+from missingbook.gans.misgan import ConvCritic, MisGAN, dense_misgan, imputed, square_overlap, train_misgan
+from missingbook.gans.wgan import Critic, draw
 
 FOLDER = ROOT / "results" / "misgan"
 SIDES = {0.8: 13, 0.9: 9}
@@ -191,16 +191,14 @@ def public_modules(folder: str) -> types.SimpleNamespace:
     )
 
 
-def networks(public: types.SimpleNamespace, kind: str, imputer: bool) -> MisGAN:
-    """The authors' networks in our container; both loops train these."""
+def networks(public: types.SimpleNamespace, kind: str, imputer: bool, gated: bool) -> MisGAN:
+    """The authors' networks in our container; gated: critics of the same layers with our ReLU."""
     made, judges = public.mnist_generator, public.mnist_critic
-    generators = (
-        (made.ConvDataGenerator, made.ConvMaskGenerator)
-        if kind == "conv"
-        else (made.FCDataGenerator, made.FCMaskGenerator)
-    )
-    critic = judges.ConvCritic if kind == "conv" else judges.FCCritic
-    g, m = generators[0](), generators[1](hard_sigmoid=False)
+    prefix = "Conv" if kind == "conv" else "FC"
+    critic = getattr(judges, f"{prefix}Critic")
+    if gated:
+        critic = partial(ConvCritic, (1, 28, 28)) if kind == "conv" else partial(Critic, 784)
+    g, m = getattr(made, f"{prefix}DataGenerator")(), getattr(made, f"{prefix}MaskGenerator")(hard_sigmoid=False)
     for network in (g, m):
         network.latent, network.shape = 128, (1, 28, 28)
     extra = (public.mnist_imputer.ComplementImputer((500, 500)), critic()) if imputer else (None, None)
@@ -284,9 +282,10 @@ def measure_speed(args: argparse.Namespace) -> None:
         for imputer in (False, True):
             made = partial(networks, public, kind, imputer)
             ways = {
-                "public": partial(public_seconds, public, made, imputer),
-                "ours": partial(our_seconds, made, "float32"),
-                "ours, bf16": partial(our_seconds, made, "bf16"),
+                "public": partial(public_seconds, public, partial(made, False), imputer),
+                "our loop": partial(our_seconds, partial(made, False), "float32"),
+                "ours": partial(our_seconds, partial(made, True), "float32"),
+                "ours, bf16": partial(our_seconds, partial(made, True), "bf16"),
             }
             times: dict[str, list[float]] = {name: [] for name in ways}
             for _ in range(args.repeats):
