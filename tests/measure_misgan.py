@@ -95,7 +95,7 @@ def measure_images(args: argparse.Namespace) -> None:
     run, begun, curve = TrainingRun(args.seed, "cpu", args.precision), time.perf_counter(), []
     with seeded(args.seed, run.device):
         model = dense_misgan((1, 28, 28), stretch=args.stretch)
-    settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=0.2, beta=0.1)
+    settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=args.alpha, beta=0.1)
 
     def look(epoch: int, shown: MisGAN) -> None:
         if (epoch + 1) % args.every and epoch + 1 < args.epochs:
@@ -320,6 +320,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--n-critic", type=int, default=2)
     parser.add_argument("--stretch", type=float, default=0.0)
+    parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--tag", default="")
     parser.add_argument("--public", help="folder of the authors' code")
