@@ -172,7 +172,7 @@ class Judge:
 def train_gain(
     network: GAIN, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     max_epochs: int = 100, batch_size: int = 128, min_steps: int = 100, learning_rate: float | int = 1e-3,
-    alpha: float | int = 100.0, adversarial: float | int = 1.0, hint_rate: float | int | None = 0.9, loss: str = "gain",
+    alpha: float | int = 10.0, adversarial: float | int = 1.0, hint_rate: float | int | None = 0.9, loss: str = "gain",
     validation_fraction: float | int = 0.05,
 ) -> None:
     """D down L_D, G down adversarial · L_G + alpha · L_M, in turns on the same batch; the best epoch by the judge stays.
@@ -222,7 +222,7 @@ class GAINImputer(DeepImputer):
         "hint_rate": (0.0, 1.0), "noise": (0.0, 1e3), "validation_fraction": (0.0, 0.9), "min_steps": (1, math.inf)}
     _optional = (*DeepImputer._optional, "hidden", "hint_rate")
 
-    def __init__(self, *, alpha=100.0, adversarial=1.0, hint_rate=0.9, loss="gain", hidden=None, depth=2, noise=0.01,
+    def __init__(self, *, alpha=10.0, adversarial=1.0, hint_rate=0.9, loss="gain", hidden=None, depth=2, noise=0.01,
                  validation_fraction=0.05, min_steps=100, max_epochs=100, patience=15, n_draws=5, **common):
         super().__init__(max_epochs=max_epochs, patience=patience, n_draws=n_draws, **common)
         self.alpha, self.adversarial, self.hint_rate, self.loss = alpha, adversarial, hint_rate, loss
