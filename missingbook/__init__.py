@@ -21,6 +21,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "MCFlowImputer": "flows.mcflow",
     "PRFlowImputer": "flows.prflow",
     "EMFlowImputer": "flows.emflow",
+    "GAINImputer": "gans.gain",
 }
 __all__ = sorted(_HOME)
 

@@ -32,6 +32,7 @@ from missingbook.foundations.autoencoder import AutoencoderImputer, DenoisingAut
 from missingbook.foundations.classics import CLASSICS
 from missingbook.foundations.imputer import DeepImputer, Layout, check_no_peek
 from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
+from missingbook.gans.gain import GAINImputer
 from missingbook.gaussian.em import GaussianImputer
 
 # --- what is tested: small enough for seconds, trained enough to mean something ---------------------------------------
@@ -39,18 +40,21 @@ from missingbook.gaussian.em import GaussianImputer
 SMALL = dict(max_epochs=4, n_draws=4, hidden=16, random_state=0, verbose=False)
 SMALL_FLOW = SMALL | dict(latent_hidden=16, n_couplings=2)
 SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
+SMALL_GAIN = SMALL | dict(min_steps=8)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
 TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian, normal": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | {"marginals": "normal"} | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
-          "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own))}
+          "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
+          "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
-          "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own))}
+          "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
+          "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
@@ -85,7 +89,7 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, EMFlowImputer, GaussianImputer, MCFlowImputer, PRFlowImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, MCFlowImputer, PRFlowImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

@@ -468,6 +468,11 @@ METHODS = {
                      "tables, small images", "images above all; for them see PRFlowImputer", saved=True),
     "emflow": Method("flows.emflow.EMFlowImputer", "EMFlow, under review at ICLR 2022", "tables, small images",
                      "thousands of rows with curves between columns; draws and a density besides", draws=True, saved=True),
+    "gain": Method("gans.gain.GAINImputer", "Yoon, Jordon & van der Schaar 2018", "tables, small images",
+                   "comparing with papers that use it; the autoencoder is a better network of this kind", saved=True),
+    "gain-vaeac": Method("gans.gain.GAINImputer", "the same; VAEAC, appendix A.4", "tables, small images",
+                         "as gain, with VAEAC's hint, loss and weight", saved=True,
+                         preset=(("alpha", 10.0), ("hint_rate", 0.01), ("loss", "vaeac"))),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
