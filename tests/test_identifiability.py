@@ -23,7 +23,7 @@ def mutant_fails(check, *edits):
     """The check holds for the module, and fails for a copy with these edits."""
     check(identifiability)
     mutant = copy_of(identifiability, *edits)
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises((AssertionError, KeyError, ValueError)):
         check(mutant)
 
 
@@ -150,7 +150,7 @@ def check_masking(module):
 @pytest.mark.parametrize("edit", [
     ("masked = tuple(value if o else tau", "masked = tuple(tau if o else value"),
     ("matrix[where[masked]][j] += share", "matrix[where[masked]][j] = share"),
-    ("if a and b), Fraction(0)) for row in matrix]", "if a and b), Fraction(0)) for row in zip(*matrix)]"),
+    ("if a and b), Fraction(0)) for row in rows]", "if a and b), Fraction(0)) for row in zip(*rows)]"),
 ])
 def test_masking(edit):
     mutant_fails(check_masking, edit)
@@ -159,6 +159,8 @@ def test_masking(edit):
 def check_null_space(module):
     """SymPy's symbolic null space, which is another implementation, spans the same; equal spaces give equal lists."""
     wide, full = [[F(1, 3), F(2), F(0), F(-1)], [F(2, 3), F(4), F(1), F(5)]], [[F(1), F(0)], [F(1), F(1)]]
+    third = sympy.Rational(1, 3)  # a Rational that is no Fraction
+    assert module.null_space([[third, 1]]) == [[F(-3), F(1)]]
     for matrix in (wide, [[F(0), F(3)]], [[F(3), F(2)]], full):
         found = module.null_space(matrix)
         symbolic = sympy.Matrix([[sympy.Rational(str(a)) for a in row] for row in matrix])
@@ -174,6 +176,7 @@ def check_null_space(module):
 
 @pytest.mark.parametrize("edit", [
     ("Fraction(int(entry.numerator), int(entry.denominator))", "Fraction(int(entry.numerator), 1)"),
+    ("Fraction(int(a.numerator), int(a.denominator))", "Fraction(int(a.numerator))"),
     ("QQ(entry.numerator, entry.denominator)", "QQ(entry.numerator, 1)"),
 ])
 def test_null_space(edit):
@@ -201,7 +204,7 @@ def check_induction(module):
     ("/ Fraction(sum(q[o] for o in masks))", "/ 1"),
     ("key=lambda item: len(item[1]))", "key=lambda item: -len(item[1]))"),
     ("if o and not c else (value,)", "if o else (value,)"),
-    ("parts = [[(q[o], found", "parts = [[(1, found"),
+    ("parts = [[q[o] * masses", "parts = [[masses"),
     ("return [observed for observed, share in q.items() if share > 0]", "return list(q)"),
 ])
 def test_induction(edit):
@@ -234,14 +237,34 @@ def check_dimension(module):
 @pytest.mark.parametrize("edit", [
     ("if all(subset & ~mask for mask in seen)", "if any(subset & ~mask for mask in seen)"),
     ("sum((n_values - 1) ** subset.bit_count() for", "sum(n_values ** subset.bit_count() for"),
-    ("sum(o << j for j, o in enumerate(observed))", "sum(o for j, o in enumerate(observed))"),
+    ("sum(int(o) << j for j, o in enumerate(observed))", "sum(int(o) for j, o in enumerate(observed))"),
 ])
 def test_dimension(edit):
     mutant_fails(check_dimension, edit)
 
 
+def check_kinds_of_integers(module):
+    """Integers of NumPy have few bits and overflow in silence."""
+    with np.errstate(all="ignore"):
+        assert module.null_dimension({(1, *[0] * 9): F(1)}, np.int64(10**4)) == 10**40 - 10**4
+        assert module.null_dimension({(1, *[0] * 9): F(1)}, np.int8(12)) == 12**10 - 12
+        for kind in (np.int8, np.bool_):
+            assert module.null_dimension({tuple(np.ones(12, dtype=kind)): F(1)}, 2) == 0
+
+
+@pytest.mark.parametrize("edit", [
+    ("_check_q(q), index(n_values)", "_check_q(q), n_values"),
+    ("sum(int(o) << j", "sum(o << j"),
+])
+def test_kinds_of_integers(edit):
+    check_kinds_of_integers(copy_of(identifiability))  # without the shape hook, which wants an int
+    with pytest.raises((AssertionError, TypeError, OverflowError)):
+        check_kinds_of_integers(copy_of(identifiability, edit))
+
+
 def test_the_rate_decides_nothing():
-    """33% missing with a null space, 99.9% without one; other probabilities of the same masks change nothing."""
+    """5% missing and half of all dimensions lost, 99.9% and none; other probabilities of one support change nothing."""
+    assert identifiability.null_dimension({(0, *[1] * 19): F(1)}, 2) == 2**19
     assert identifiability.null_dimension(PAIRS, 2) == 1
     assert identifiability.null_dimension({(1, 1, 1): F(1, 1000), (0, 0, 0): F(999, 1000)}, 2) == 0
     other = dict(zip(PAIRS, (F(1, 100), F(1, 100), F(98, 100))))
@@ -272,13 +295,68 @@ def check_unique(module):
 
 
 @pytest.mark.parametrize("edit", [
-    ("if not at_zeros or null_space(at_zeros):", "if not at_zeros:"),
-    ("for j, mass in enumerate(p) if mass == 0]", "for j, mass in enumerate(p)]"),
-    ("A_ub=np.vstack([-rows, rows])", "A_ub=np.vstack([rows, rows])"),
-    ("return -best.fun < 0.5", "return best.fun < 0.5"),
+    ("if not basis or not all(any(v) for v in basis):", "if not basis:"),
+    ("key=lambda j: p[j] == 0)", "key=lambda j: p[j] > 0)"),
+    ("c = -best.ineqlin", "c = best.ineqlin"),
+    ("< 0 for v in rest):", "> 0 for v in rest):"),
 ])
 def test_unique(edit):
-    mutant_fails(check_unique, edit)
+    check_unique(identifiability)
+    mutant = copy_of(identifiability, edit)
+    with pytest.raises((AssertionError, ArithmeticError, ValueError)):
+        check_unique(mutant)
+
+
+def check_large_numbers(module):
+    """p = (0, 0, 1) is the only solution, since v ∝ (1, −10^−k, …), however small the second entry is."""
+    for k in range(1, 31):
+        assert module.is_uniquely_recoverable([F(0), F(0), F(1)], [[F(1), F(1), F(1)], [F(1), F(10**k), F(0)]])
+        assert not module.is_uniquely_recoverable([F(0), F(0), F(1)], [[F(1), F(1), F(1)], [F(1), F(-(10**k)), F(0)]])
+
+
+def test_large_numbers():
+    check_large_numbers(identifiability)
+    mutant = copy_of(identifiability, ("table.shape, table / size[:, None]", "table.shape, table"))
+    with pytest.raises((AssertionError, ArithmeticError, ValueError, TypeError)):
+        check_large_numbers(mutant)
+
+
+SIZES = st.sampled_from([0, 0, 1, -1, 2, 10**4, -(10**4), 10**9, -(10**11), 10**13])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(SIZES, min_size=4, max_size=4), min_size=1, max_size=2), st.integers(1, 14))
+def test_any_matrix_gets_a_true_answer_or_none(rows, support):
+    """Numbers of very different size: what the function says is what the corners say, or it says nothing."""
+    matrix = [[F(a) for a in row] for row in [*rows, [1, 1, 1, 1]]]
+    p = share([support >> j & 1 for j in range(4)])
+    try:
+        answer = identifiability.is_uniquely_recoverable(p, matrix)
+    except ArithmeticError:
+        return
+    assert answer == (vertices(matrix, identifiability.apply(matrix, p)) == {tuple(p)})
+
+
+def check_verification(module):
+    """A proposal that does not hold never becomes an answer."""
+    matrix = module.transition_matrix(APART, BITS, 0)
+    for w, c in ((0, 0), (-1, -1)):
+        module._proposals = lambda rest, w=w, c=c: ([F(w)] * len(rest[0]), [F(c)] * len(rest))
+        for p in ([F(1, 2), F(0), F(0), F(1, 2)], [F(7, 10), F(0), F(3, 10), F(0)]):
+            with pytest.raises(ArithmeticError, match="undecided"):
+                assert module.is_uniquely_recoverable(p, matrix) is None
+
+
+@pytest.mark.parametrize("edit", [
+    ("if min(v) >= 0 and any(v):", "if min(v) >= 0:"),
+    ("if min(v) >= 0 and any(v):", "if any(v):"),
+    ("if min(w, default=1) > 0 and all(", "if all("),
+    ("for a, b in zip(v, w)) < 0 for v in rest):", "for a, b in zip(v, w)) < 0 for v in rest) or True:"),
+])
+def test_verification(edit):
+    check_verification(copy_of(identifiability))
+    with pytest.raises(AssertionError):
+        check_verification(copy_of(identifiability, edit))
 
 
 @settings(max_examples=25, deadline=None)
@@ -327,6 +405,9 @@ def check_range(module):
         expected = (max(0, max(a - 0.1, 0) + b - 1), min(a + 0.1, 1, b))
         assert np.allclose(wide, expected, atol=1e-9)
         assert np.allclose(module.recoverable_range(matrix, y, [0, 0, 0, 1], 1), (0, 1), atol=1e-9)
+        for unit in (1e-300, 1e-9, 1e20):  # the interval is in the unit of the weights
+            found = module.recoverable_range(matrix, y, [0, 0, 0, unit])
+            assert np.allclose(np.array(found) / unit, (max(0, a + b - 1), min(a, b)), atol=1e-9)
 
 
 @pytest.mark.parametrize("edit", [
@@ -334,13 +415,37 @@ def check_range(module):
     ("np.append(b[fixed], 1.0)", "np.append(b[fixed], 2.0)"),
     ("(b + room)[loose], (room - b)[loose]", "(b + room)[loose], (b + room)[loose]"),
     ("for sign in (1, -1)]", "for sign in (1, 1)]"),
+    ("linprog(sign * c / size, **limits)", "linprog(sign * c, **limits)"),
+    ("np.abs(c).max() or 1.0", "1.0"),
     ("fixed, loose = room == 0, room > 0", "fixed, loose = room == 0, room > 9"),
 ])
 def test_range(edit):
     check_range(identifiability)
     mutant = copy_of(identifiability, edit)
-    with pytest.raises((AssertionError, ValueError)):
+    with pytest.raises((AssertionError, ValueError, RuntimeError)):
         check_range(mutant)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_range_wants_finite_numbers(bad):
+    matrix, y, w = identifiability.marginal_matrix(APART, BITS), [0.3, 0.7, 0.4, 0.6], [0, 0, 0, 1]
+    for call in (lambda m: m.recoverable_range(matrix, [bad, *y[1:]], w),
+                 lambda m: m.recoverable_range(matrix, y, [bad] * 4),
+                 lambda m: m.recoverable_range(matrix, y, w, bad),
+                 lambda m: m.recoverable_range(matrix, y, w, [0.1, bad, 0, 0]),
+                 lambda m: m.recoverable_range([[bad] * 4] * 4, y, w)):
+        refuses(lambda call=call: call(identifiability), ValueError, "NaN or infinity")
+    for slack in ([0.1], [0.1, 0.1], [[0.1] * 4]):
+        with pytest.raises(ValueError, match="one slack or one a row"):
+            copy_of(identifiability).recoverable_range(matrix, y, w, slack)
+
+
+def test_range_tells_why_the_solver_failed(monkeypatch):
+    """Only status 2 means that no distribution fits."""
+    failed = identifiability.linprog([1.0], bounds=(None, None))  # unbounded
+    monkeypatch.setattr(identifiability, "linprog", lambda *_, **__: failed)
+    with pytest.raises(RuntimeError, match="not solved: .*unbounded"):
+        identifiability.recoverable_range([[1.0, 0.0]], [0.5], [1.0, 0.0])
 
 
 def test_range_of_a_chain():
@@ -363,6 +468,55 @@ def test_missing_not_at_random_identifies_nothing():
     assert found[(1,), (1,)] == F(1, 3)
 
 
+def test_filled_rows_do_not_show_q():
+    """One bit, holes filled with 0: two worlds with two q give the same rows. With the holes marked they differ."""
+    worlds = (([F(3, 4), F(1, 4)], {(1,): F(1)}), ([F(1, 2), F(1, 2)], {(1,): F(1, 2), (0,): F(1, 2)}))
+    filled, marked = ([identifiability.apply(identifiability.transition_matrix(q, BITS, tau), p) for p, q in worlds]
+                      for tau in (0, None))
+    assert filled[0] == filled[1] == [F(3, 4), F(1, 4)] and marked[0] != marked[1]
+
+
+def impossible(module):
+    """y that no x gives: each must be refused. The last two: marginals of two masks that contradict each other."""
+    both = {(1, 1): F(1, 2), (1, 0): F(1, 2)}
+    for y, q, tau in (([F(0)] * 3 + [F(1)], APART, 0), ([F(1, 10)] * 4, APART, 0),
+                      ([F(1, 4), 0, F(1, 2), 0, 0, 0, F(1, 4), 0, 0], APART, None),
+                      ([F(1, 8), F(1, 8), F(1, 8), F(1, 8), F(1, 8), F(3, 8), 0, 0, 0], both, None)):
+        try:
+            module.marginals_from_masked(y, q, BITS, tau)
+        except ValueError as refusal:
+            assert "no x gives this y" in str(refusal)
+        else:
+            raise AssertionError("accepted")
+
+
+@pytest.mark.parametrize("edit", [
+    ("if any(impossible):", "if False:"),
+    ("impossible = [given[row] for row, masks in fitting.items() if not masks]", "impossible = []"),
+    ("impossible += [mass for key, mass in masses.items() if key not in found]", "impossible += []"),
+])
+def test_impossible_rows_are_refused(edit):
+    mutant_fails(impossible, edit)
+
+
+@settings(max_examples=25, deadline=None)
+@given(worlds(signed=True), st.booleans(), st.integers(0, 100))
+def test_accepted_rows_are_those_that_some_x_gives(world, marked, which):
+    """One entry of T x is changed: it is accepted if and only if the new one is in the column space of T."""
+    q, values, x = world
+    tau = None if marked else values[0]
+    matrix = identifiability.transition_matrix(q, values, tau)
+    y = identifiability.apply(matrix, x)
+    y[which % len(y)] += 1
+    kernel = identifiability.null_space([[*row, b] for row, b in zip(matrix, y)])
+    try:
+        identifiability.marginals_from_masked(y, q, values, tau)
+        accepted = True
+    except ValueError:
+        accepted = False
+    assert accepted == any(v[-1] for v in kernel)
+
+
 # --- the door -----------------------------------------------------------------------------------------------
 
 
@@ -373,6 +527,10 @@ def test_missing_not_at_random_identifies_nothing():
     ({}, ValueError, "lengths"),
     ({(1, 2): F(1)}, ValueError, "1 .seen. or 0"),
     ({(1, 0): 0.5, (0, 1): 0.5}, TypeError, "Fraction"),
+    ({(1.0, 0.0): F(1)}, ValueError, "whole numbers"),
+    ({1: F(1)}, TypeError, "dictionary"),
+    ([(1, 0)], TypeError, "dictionary"),
+    ({(1, 0): np.int64(1)}, TypeError, "Fraction"),
 ])
 def test_q_is_checked(q, kind, words):
     for call in (lambda m: m.transition_matrix(q, BITS, 0), lambda m: m.marginal_matrix(q, BITS),
@@ -390,7 +548,7 @@ def test_q_is_checked(q, kind, words):
     ((0, 1), float("nan"), ValueError, "NaN"),
     ((0, float("nan")), 0, ValueError, "NaN"),
     (tuple(range(32)), 0, ValueError, "1024 states, more than 1000: take fewer features"),
-    (tuple(range(31)), None, ValueError, "1024 states"),  # 31 values, and the symbol for holes
+    (tuple(range(31)), None, ValueError, "31 values and the symbol for holes, 2 features: 1024 states"),
 ])
 def test_values_and_tau_are_checked(values, tau, kind, words):
     for call in (lambda m: m.transition_matrix(APART, values, tau),
@@ -405,13 +563,28 @@ def test_lengths_and_distributions_are_checked():
     refuses(lambda: identifiability.marginals([F(1)], APART, BITS), ValueError, "4 states")
     refuses(lambda: identifiability.marginals_from_masked(one, APART, BITS, None), ValueError, "9 masked rows")
     refuses(lambda: identifiability.apply(matrix, [F(1)]), ValueError, "1 entries")
-    refuses(lambda: identifiability.null_space([]), ValueError, "empty")
+    for wrong in ([], [[]], [[F(1), F(1)], [F(1)]]):
+        refuses(lambda wrong=wrong: identifiability.null_space(wrong), ValueError, "empty or ragged")
+        refuses(lambda wrong=wrong: identifiability.is_uniquely_recoverable([], wrong), ValueError, "empty or ragged")
+        refuses(lambda wrong=wrong: identifiability.apply(wrong, [F(1)]), ValueError, "empty or ragged")
+    plain = copy_of(identifiability)  # where shapes are not enforced
+    for call in (lambda: plain.null_space(np.array([[0.5, 0.5]])), lambda: plain.apply(matrix, [float("nan")] * 4),
+                 lambda: plain.marginals([0.25] * 4, APART, BITS), lambda: plain.null_dimension(APART, 2.5),
+                 lambda: plain.marginals_from_masked([0.25] * 4, APART, BITS, 0)):
+        with pytest.raises(TypeError, match="not exact|integer"):
+            call()
+    assert plain.null_space(np.array([[1, 1]])) == [[F(-1), F(1)]]
+    refuses(lambda: identifiability.consistent((0,), APART, 0), ValueError, "1 entries, the masks 2")
+    refuses(lambda: identifiability.consistent((0, 1), {(1, 0): F(3)}, 0), ValueError, "sums to 3")
+    refuses(lambda: identifiability.masked_from_marginals({}, APART, BITS, 0), ValueError, "4 marginals are missing")
+    extra = {**marginals_by_hand(one, APART, BITS), ((1, 1), (0, 0)): F(1)}
+    refuses(lambda: identifiability.masked_from_marginals(extra, APART, BITS, 0), ValueError, "1 marginals")
     refuses(lambda: identifiability.null_dimension(APART, 0), ValueError, "1 or more values")
     refuses(lambda: identifiability.null_dimension({(1,) * 21: F(1)}, 2), ValueError, "at most 20")
     refuses(lambda: identifiability.is_uniquely_recoverable([F(1)], matrix), ValueError, "4 columns")
     below = [F(1), F(1), F(0), F(-1)]
     refuses(lambda: identifiability.is_uniquely_recoverable(below, matrix), ValueError, "minimum -1")
-    refuses(lambda: identifiability.is_uniquely_recoverable([0.5, 0.5, 0.0, 0.0], matrix), TypeError, "floats")
+    refuses(lambda: identifiability.is_uniquely_recoverable([0.5, 0.5, 0.0, 0.0], matrix), TypeError, "not exact")
     refuses(lambda: identifiability.recoverable_range(matrix, one, [1.0]), ValueError, "one weight a column")
     refuses(lambda: identifiability.recoverable_range(matrix, one, one, -1.0), ValueError, "negative")
     refuses(lambda: identifiability.recoverable_range(matrix, [0, 0, 0, 1], one), ValueError, "no distribution")

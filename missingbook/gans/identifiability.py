@@ -11,7 +11,8 @@ __all__ = ['MOST_STATES', 'Pattern', 'states', 'transition_matrix', 'apply', 'nu
 from collections.abc import Hashable, Mapping, Sequence
 from fractions import Fraction
 from itertools import product
-from numbers import Rational
+from numbers import Integral, Rational
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -29,15 +30,33 @@ def states(values: Sequence[Hashable], n: int) -> list[tuple]:
     return list(product(values, repeat=n))
 
 
+def _exact(numbers: Sequence[Rational], name: str) -> list[Fraction]:
+    "The numbers as Fractions. Raises TypeError for floats: their zeros need not be zeros."
+    for number in numbers:
+        if not isinstance(number, Rational):
+            raise TypeError(f"{name} holds {number!r}, which is not exact: use Fraction, such as Fraction(1, 3).")
+    return [a if type(a) is Fraction else Fraction(int(a.numerator), int(a.denominator)) for a in numbers]
+
+
+def _exact_rows(matrix: Sequence[Sequence[Rational]]) -> list[list[Fraction]]:
+    "The matrix in Fractions. Raises ValueError unless its rows have one length, 1 or more, TypeError for floats."
+    rows = [_exact(row, "the matrix") for row in matrix]
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(f"the matrix is empty or ragged, {[len(row) for row in rows]} entries in its rows.")
+    return rows
+
+# %% ../../nbs/04_gans/03_identifiability.ipynb #ef377776
 def _check_q(q: Mapping[Pattern, Rational]) -> int:
-    "The number of features; raises ValueError unless q is a distribution on masks, TypeError for floats."
+    "The number of features. Raises ValueError unless q is a distribution on masks, TypeError for other kinds, floats."
+    if not isinstance(q, Mapping) or not all(isinstance(observed, tuple) for observed in q):
+        raise TypeError("q must be a dictionary, a tuple of 1 (seen) and 0 (hidden) → its probability.")
     lengths = {len(observed) for observed in q}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(f"the masks in q have lengths {sorted(lengths)}: give tuples of one length, 1 or more.")
     for observed, share in q.items():
-        if any(entry not in (0, 1) for entry in observed):
-            raise ValueError(f"mask {observed}: entries must be 1 (seen) or 0 (hidden).")
-        if not isinstance(share, Rational):
+        if any(not isinstance(entry, (Integral, np.bool_)) or entry not in (0, 1) for entry in observed):
+            raise ValueError(f"mask {observed}: entries must be 1 (seen) or 0 (hidden), and whole numbers.")
+        if not isinstance(share, (int, Fraction)):
             raise TypeError(f"q[{observed}] = {share!r} is not exact: use Fraction, such as Fraction(1, 3).")
         if share < 0:
             raise ValueError(f"q[{observed}] = {share} is negative: probabilities are 0 or larger.")
@@ -57,8 +76,9 @@ def _check_space(values: Sequence[Hashable], n: int, tau: Any = None, extend: bo
         raise ValueError(f"values={tuple(values)}: give one or more, each once.")
     entries = [*values, tau] if extend and tau not in values else list(values)
     if len(entries) ** n > MOST_STATES:
+        holes = " and the symbol for holes" if len(entries) > len(values) else ""
         raise ValueError(
-            f"{len(entries)} values and {n} features make {len(entries) ** n} states, more than {MOST_STATES}: "
+            f"{len(values)} values{holes}, {n} features: {len(entries) ** n} states, more than {MOST_STATES}: "
             "take fewer features at a time, or coarser values."
         )
     return entries
@@ -94,28 +114,34 @@ def transition_matrix(q: Mapping[Pattern, Rational], values: Sequence[Hashable],
 
 
 def apply(matrix: Sequence[Sequence[Rational]], x: Sequence[Rational]) -> list[Fraction]:
-    "The product of a matrix and a vector, exact. Raises ValueError where the lengths disagree."
-    if any(len(row) != len(x) for row in matrix):
-        raise ValueError(f"the vector has {len(x)} entries, the rows of the matrix {len(matrix[0])}.")
-    return [sum((a * b for a, b in zip(row, x) if a and b), Fraction(0)) for row in matrix]
+    "The product of a matrix and a vector, exact. Raises ValueError where the lengths disagree, TypeError for floats."
+    rows, x = _exact_rows(matrix), _exact(x, "the vector")
+    if len(rows[0]) != len(x):
+        raise ValueError(f"the vector has {len(x)} entries, the rows of the matrix {len(rows[0])}.")
+    return [sum((a * b for a, b in zip(row, x) if a and b), Fraction(0)) for row in rows]
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #57586cc2
 def null_space(matrix: Sequence[Sequence[Rational]]) -> list[list[Fraction]]:
     """A basis of {v: matrix · v = 0}, exact, one vector a free column, whose last nonzero entry is 1.
 
     It comes from the reduced row echelon form, which is unique: equal null spaces give equal lists. Raises ValueError
-    for a matrix without rows.
+    for an empty matrix or rows of different lengths, TypeError for floats.
     """
-    if not matrix or not matrix[0]:
-        raise ValueError("the matrix is empty: give at least one row and one column.")
-    exact = [[QQ(entry.numerator, entry.denominator) for entry in row] for row in matrix]
+    exact = [[QQ(entry.numerator, entry.denominator) for entry in row] for row in _exact_rows(matrix)]
     basis = DomainMatrix(exact, (len(exact), len(exact[0])), QQ).nullspace(divide_last=True)
     return [[Fraction(int(entry.numerator), int(entry.denominator)) for entry in row] for row in basis.to_list()]
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #9aeed22b
+def _fitting(row: tuple, masks: Sequence[Pattern], tau: Any) -> list[Pattern]:
+    "The masks that can have made this masked row: it holds tau wherever they hide."
+    return [o for o in masks if all(seen or value == tau for value, seen in zip(row, o))]
+
+
 def consistent(row: tuple, q: Mapping[Pattern, Rational], tau: Any) -> list[Pattern]:
-    "The masks of positive probability that can have made this masked row: it holds tau wherever they hide (appendix A)."
-    return [o for o in _support(q) if all(seen or value == tau for value, seen in zip(row, o))]
+    "The masks of positive probability that can have made this masked row (appendix A). Raises ValueError for its length."
+    if len(row) != (n := _check_q(q)):
+        raise ValueError(f"the row has {len(row)} entries, the masks {n}.")
+    return _fitting(row, _support(q), tau)
 
 
 def marginals(
@@ -123,26 +149,34 @@ def marginals(
 ) -> dict[tuple[Pattern, tuple], Fraction]:
     """(observed, x_obs) → x([v]_m), the sum of x over all rows with that observed part, for the masks with q(m) > 0.
 
-    x: one number a state, in the order of `states`, of any sign. Raises ValueError for another length.
+    x: one number a state, in the order of `states`, of any sign. Raises ValueError for another length, TypeError for
+    floats.
     """
     n = _check_q(q)
     _check_space(values, n)
     if len(x) != len(values) ** n:
         raise ValueError(f"x has {len(x)} entries, and there are {len(values) ** n} states.")
     found = {(o, part): Fraction(0) for o in _support(q) for part in product(values, repeat=sum(o))}
-    for row, weight in zip(states(values, n), x):
+    for row, weight in zip(states(values, n), _exact(x, "x")):
         for observed in _support(q):
             found[observed, _seen(row, observed)] += weight
     return found
 
-
+# %% ../../nbs/04_gans/03_identifiability.ipynb #9aeed22c
 def masked_from_marginals(
     found: Mapping[tuple[Pattern, tuple], Rational], q: Mapping[Pattern, Rational], values: Sequence[Hashable], tau: Any
 ) -> list[Fraction]:
-    "T x from the marginals of x: MisGAN, equation 14. Rows as in `transition_matrix`."
-    outcomes = states(_check_space(values, _check_q(q), tau, extend=True), len(next(iter(q))))
-    parts = [[(q[o], found.get((o, _seen(row, o)), 0)) for o in consistent(row, q, tau)] for row in outcomes]
-    return [sum((share * mass for share, mass in masses), Fraction(0)) for masses in parts]
+    """T x from the marginals of x: MisGAN, equation 14. Rows as in `transition_matrix`.
+
+    found: all that `marginals` returns. Raises ValueError where one is missing or does not belong there.
+    """
+    entries, masks = _check_space(values, n := _check_q(q), tau, extend=True), _support(q)
+    wanted = {(o, part) for o in masks for part in product(values, repeat=sum(o))}
+    if wrong := set(found) ^ wanted:
+        raise ValueError(f"{len(wrong)} marginals are missing or are none of q and values: give those of `marginals`.")
+    masses = dict(zip(found, _exact(list(found.values()), "found")))
+    parts = [[q[o] * masses.get((o, _seen(row, o)), 0) for o in _fitting(row, masks, tau)] for row in states(entries, n)]
+    return [sum(part, Fraction(0)) for part in parts]
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #08ea5ce2
 def _siblings(row: tuple, observed: Pattern, common: Pattern, values: Sequence[Hashable]) -> list[tuple]:
@@ -157,20 +191,26 @@ def marginals_from_masked(
     """The marginals of x from y = T x by the induction of MisGAN's proposition 2 (equations 14–17).
 
     y: one number for each row of `transition_matrix`. The holes need not show: tau may be one of the values.
-    Returns what `marginals` does. Raises ValueError for another length of y.
+    Returns what `marginals` does. Raises ValueError for another length of y, and for a y that is T x for no x;
+    TypeError for floats.
     """
     entries = _check_space(values, n := _check_q(q), tau, extend=True)
     if len(y) != len(entries) ** n:
         raise ValueError(f"y has {len(y)} entries, and there are {len(entries) ** n} masked rows.")
-    masses, fitting = {}, {row: consistent(row, q, tau) for row in states(entries, n)}
-    given = dict(zip(fitting, y))
+    masses, fitting = {}, {row: _fitting(row, _support(q), tau) for row in states(entries, n)}
+    given = dict(zip(fitting, _exact(y, "y")))
     for row, masks in sorted(fitting.items(), key=lambda item: len(item[1])):  # the induction
         common = tuple(min(bits) for bits in zip(*masks))
         rest = {o: sum(masses[o, _seen(v, o)] for v in _siblings(row, o, common, entries)) for o in masks}
         if masks:
             total = (given[row] + sum(q[o] * rest[o] for o in masks)) / Fraction(sum(q[o] for o in masks))
         masses |= {(o, _seen(row, o)): total - rest[o] for o in masks}
-    return {(o, part): masses[o, part] for o in _support(q) for part in product(values, repeat=sum(o))}
+    found = {(o, part): masses[o, part] for o in _support(q) for part in product(values, repeat=sum(o))}
+    impossible = [given[row] for row, masks in fitting.items() if not masks]  # no mask makes that row
+    impossible += [mass for key, mass in masses.items() if key not in found]  # a hole's symbol where the mask sees
+    if any(impossible):
+        raise ValueError("no x gives this y with q and tau: q is another, or the masks depend on the data.")
+    return found
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #84d362e8
 def marginal_matrix(q: Mapping[Pattern, Rational], values: Sequence[Hashable]) -> list[list[Fraction]]:
@@ -188,47 +228,74 @@ def marginal_matrix(q: Mapping[Pattern, Rational], values: Sequence[Hashable]) -
 def null_dimension(q: Mapping[Pattern, Rational], n_values: int) -> int:
     """The dimension of the null space: Σ (n_values − 1)^|R| over the sets R of features that no mask of q sees together.
 
-    Works through 2ⁿ sets without any matrix. Raises ValueError for a q that is no distribution, n_values < 1, n > 20.
+    Works through 2ⁿ sets without any matrix. Raises ValueError for a q that is no distribution, n_values < 1, n > 20,
+    TypeError for an n_values that is no whole number.
     """
-    n = _check_q(q)
+    n, n_values = _check_q(q), index(n_values)  # a Python integer does not overflow
     if n_values < 1 or n > 20:
         raise ValueError(f"n_values={n_values}, {n} features: give 1 or more values, and at most 20 features.")
-    seen = {sum(o << j for j, o in enumerate(observed)) for observed in _support(q)}
+    seen = {sum(int(o) << j for j, o in enumerate(observed)) for observed in _support(q)}
     never = (subset for subset in range(2**n) if all(subset & ~mask for mask in seen))
     return sum((n_values - 1) ** subset.bit_count() for subset in never)
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #31fbd461
-def _check_distribution(p: Sequence[Rational], matrix: Sequence[Sequence[Rational]]) -> None:
-    "Raise ValueError unless p is a distribution on the columns of the matrix, TypeError for floats."
-    if not all(isinstance(mass, Rational) for mass in p):
-        raise TypeError("p holds floats, whose zeros need not be zeros: use Fraction.")
-    if not matrix or len(p) != len(matrix[0]):
-        raise ValueError(f"p has {len(p)} entries, the matrix {len(matrix[0]) if matrix else 0} columns.")
+def _check_distribution(p: Sequence[Rational], rows: list[list[Fraction]]) -> list[Fraction]:
+    "p in Fractions. Raises ValueError unless it is a distribution on the columns of the rows, TypeError for floats."
+    p = _exact(p, "p")
+    if len(p) != len(rows[0]):
+        raise ValueError(f"p has {len(p)} entries, the matrix {len(rows[0])} columns.")
     if min(p) < 0 or sum(p) != 1:
         raise ValueError(f"p has minimum {min(p)} and sum {sum(p)}: give probabilities that sum to 1.")
+    return p
 
 
+def _proposals(rest: list[list[Fraction]]) -> tuple[list[Fraction], list[Fraction]]:
+    "From one linear program: w > 0 with rest · w < 0, or else c ≥ 0, not 0, with c · rest ≥ 0. To be verified."
+    table = np.array(rest, dtype=float).reshape(len(rest), -1)
+    size = np.abs(table).max(1, initial=1.0)
+    (n_vectors, n_states), table = table.shape, table / size[:, None]
+    below = np.block([[table, np.ones((n_vectors, 1))], [-np.eye(n_states), np.ones((n_states, 1))]])
+    # the largest t ≤ 1 with rest · w ≤ −t and w ≥ t; its dual variables are c
+    best = linprog(np.append(np.zeros(n_states), -1.0), A_ub=below, b_ub=np.zeros(len(below)),
+                   bounds=[(0, 1)] * n_states + [(None, 1)])
+    if not best.success:
+        raise ArithmeticError(f"undecided, the linear program was not solved: {best.message}")
+    c = -best.ineqlin.marginals[:n_vectors] / size
+    return [Fraction(a) for a in best.x[:-1]], [Fraction(a / (c.max() or 1.0)).limit_denominator(10**6) for a in c]
+
+# %% ../../nbs/04_gans/03_identifiability.ipynb #31fbd462
 def is_uniquely_recoverable(p: Sequence[Rational], matrix: Sequence[Sequence[Rational]]) -> bool:
     """Whether p is the only solution of matrix · p = y, p ≥ 0 (MisGAN, equation 8), for y = matrix · p.
 
-    True iff each nonzero null vector takes both signs where p is 0. p: Fractions, in the order of `states`. Raises
-    ValueError for a p that is no distribution or does not fit the matrix, TypeError for floats.
+    True iff each nonzero null vector takes both signs where p is 0, verified in fractions. p: in the order of `states`.
+    Raises ValueError for a p that is no distribution or does not fit the matrix, TypeError for floats, ArithmeticError
+    where the linear program proposes nothing that holds (numbers of very different size).
     """
-    _check_distribution(p, matrix)
-    basis = null_space(matrix)
-    if not basis:
+    p = _check_distribution(p, rows := _exact_rows(matrix))
+    order = sorted(range(len(p)), key=lambda j: p[j] == 0)  # the zeros of p last
+    basis = [v[sum(mass > 0 for mass in p) :] for v in null_space([[row[j] for j in order] for row in rows])]
+    if not basis or not all(any(v) for v in basis):
+        return not basis  # a null vector that is 0 at the zeros of p
+    free = {max(j for j, a in enumerate(v) if a) for v in basis}
+    rest = [[a for j, a in enumerate(v) if j not in free] for v in basis]
+    w, c = _proposals(rest)
+    if min(w, default=1) > 0 and all(sum(a * b for a, b in zip(v, w)) < 0 for v in rest):
         return True
-    at_zeros = [[v[j] for v in basis] for j, mass in enumerate(p) if mass == 0]
-    if not at_zeros or null_space(at_zeros):
-        return False  # a null vector that is 0 at the zeros of p
-    rows = np.array(at_zeros, dtype=float)
-    limits = np.concatenate([np.zeros(len(rows)), np.ones(len(rows))])
-    best = linprog(-rows.sum(0), A_ub=np.vstack([-rows, rows]), b_ub=limits, bounds=(None, None))
-    return -best.fun < 0.5  # 0, or 1 and more
+    v = [sum(a * b for a, b in zip(c, column)) for column in zip(*basis)]
+    if min(v) >= 0 and any(v):
+        return False
+    raise ArithmeticError("undecided: the null vectors hold numbers too different in size for the linear program.")
 
 # %% ../../nbs/04_gans/03_identifiability.ipynb #70fd7339
+def _limits(a: np.ndarray, b: np.ndarray, room: np.ndarray) -> dict:
+    "What `linprog` must know of the distributions p with |a · p − b| ≤ room."
+    fixed, loose = room == 0, room > 0
+    return {"A_eq": np.vstack([a[fixed], np.ones(a.shape[1])]), "b_eq": np.append(b[fixed], 1.0), "bounds": (0, None),
+            "A_ub": np.vstack([a[loose], -a[loose]]), "b_ub": np.concatenate([(b + room)[loose], (room - b)[loose]])}
+
+
 def recoverable_range(
-    matrix: Sequence[Sequence[Rational | float]],
+    matrix: Sequence[Sequence[Rational | float]] | np.ndarray,
     y: Sequence[Rational | float] | np.ndarray,
     weights: Sequence[Rational | float] | np.ndarray,
     slack: float | int | Sequence[float] | np.ndarray = 0.0,
@@ -236,19 +303,22 @@ def recoverable_range(
     """Smallest and largest Σ weights · p over the distributions p with |matrix · p − y| ≤ slack (MisGAN, equation 8).
 
     matrix: `marginal_matrix`, or `transition_matrix` unless masks are so rare (q under 1e-8) that a solver in floating
-    point loses them; y, slack: one number a row; weights: one a state (1 at s, else 0, for p(s)). Raises ValueError for
-    lengths that disagree, a negative slack, and where no distribution fits.
+    point loses them; y: one number a row; slack: one for all, or one a row; weights: one a state (1 at s, else 0, for
+    p(s)). Raises ValueError for lengths that disagree, numbers that are not finite, a negative slack, and where no
+    distribution fits; RuntimeError where the solver gives up.
     """
-    a, b, c = (np.asarray(part, dtype=float) for part in (matrix, y, weights))
-    if a.ndim != 2 or b.shape != (a.shape[0],) or c.shape != (a.shape[1],):
-        raise ValueError(f"matrix {a.shape}, y {b.shape}, weights {c.shape}: give one y a row, one weight a column.")
-    room = np.broadcast_to(np.asarray(slack, dtype=float), b.shape)
-    if not (room >= 0).all():
-        raise ValueError("slack is negative or NaN: give 0 or more.")
-    fixed, loose = room == 0, room > 0
-    limits = {"A_eq": np.vstack([a[fixed], np.ones(len(c))]), "b_eq": np.append(b[fixed], 1.0), "bounds": (0, None),
-              "A_ub": np.vstack([a[loose], -a[loose]]), "b_ub": np.concatenate([(b + room)[loose], (room - b)[loose]])}
-    ends = [linprog(sign * c, **limits) for sign in (1, -1)]
-    if not all(end.success for end in ends):
-        raise ValueError("no distribution gives this y: estimated probabilities need slack, or a larger one.")
-    return float(ends[0].fun) + 0.0, 0.0 - float(ends[1].fun)  # + 0.0: no −0
+    a, b, c, room = (np.asarray(part, dtype=float) for part in (matrix, y, weights, slack))
+    if a.ndim != 2 or not c.size or (*b.shape, *c.shape) != a.shape or room.shape not in ((), b.shape):
+        raise ValueError(f"matrix {a.shape}, y {b.shape}, weights {c.shape}, slack {room.shape}: "
+                         "give one y a row, one weight a column, one slack or one a row.")
+    if not all(np.isfinite(part).all() for part in (a, b, c, room)) or (room < 0).any():
+        raise ValueError("matrix, y, weights or slack hold NaN or infinity, or slack is negative.")
+    room, size = np.broadcast_to(room, b.shape), np.abs(c).max() or 1.0  # the solver's tolerance knows no units
+    limits = _limits(a, b, room)
+    ends = [linprog(sign * c / size, **limits) for sign in (1, -1)]
+    for end in ends:
+        if end.status == 2:
+            raise ValueError("no distribution gives this y: estimated probabilities need slack, or a larger one.")
+        if not end.success:
+            raise RuntimeError(f"the linear program was not solved: {end.message}")
+    return size * float(ends[0].fun) + 0.0, 0.0 - size * float(ends[1].fun)  # + 0.0: no −0
