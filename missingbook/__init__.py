@@ -22,6 +22,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "PRFlowImputer": "flows.prflow",
     "EMFlowImputer": "flows.emflow",
     "GAINImputer": "gans.gain",
+    "MisGANImputer": "gans.misgan",
 }
 __all__ = sorted(_HOME)
 

@@ -33,7 +33,10 @@ from missingbook.foundations.classics import CLASSICS
 from missingbook.foundations.imputer import DeepImputer, Layout, check_no_peek
 from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
 from missingbook.gans.gain import GAINImputer
+from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*generator collapsed")  # a few steps of a GAN, and it says so
 
 # --- what is tested: small enough for seconds, trained enough to mean something ---------------------------------------
 
@@ -54,7 +57,8 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
-          "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own))}
+          "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
+          "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
