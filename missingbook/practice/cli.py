@@ -469,9 +469,9 @@ METHODS = {
     "emflow": Method("flows.emflow.EMFlowImputer", "EMFlow, under review at ICLR 2022", "tables, small images",
                      "thousands of rows with curves between columns; draws and a density besides", draws=True, saved=True),
     "gain": Method("gans.gain.GAINImputer", "Yoon, Jordon & van der Schaar 2018", "tables, small images",
-                   "comparing with papers that use it; the autoencoder is a better network of this kind", saved=True),
+                   "comparing with papers that use it; its draws hardly differ", draws=True, saved=True),
     "gain-vaeac": Method("gans.gain.GAINImputer", "the same; VAEAC, appendix A.4", "tables, small images",
-                         "as gain, with VAEAC's hint, loss and weight", saved=True,
+                         "as gain, with VAEAC's hint, loss and weight", draws=True, saved=True,
                          preset=(("alpha", 10.0), ("hint_rate", 0.01), ("loss", "vaeac"))),
 }
 
