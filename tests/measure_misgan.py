@@ -117,7 +117,9 @@ def measure_images(args: argparse.Namespace) -> None:
                 kind=args.kind,
                 rate=args.rate,
                 seed=args.seed,
-                settings=settings | {"average": 0.999} | {n: getattr(args, n) for n in ("stretch", "resample", "precision")},
+                settings=settings
+                | {"average": 0.999}
+                | {n: getattr(args, n) for n in ("stretch", "resample", "precision")},
                 epochs=args.epochs,
                 last=curve[-1],
                 curve=curve,
