@@ -137,7 +137,7 @@ class MisGAN(nn.Module):
 
     def laid_masks(self, observed: Bool[Tensor, "batch *shape"], made: Float[Tensor, "batch *masks"]) -> Float[Tensor, "batch *masks"]:
         """The masks that draws are seen behind: those made, or with `resample` those of the batch, each moved to the next row."""
-        return self.masks_of(observed).roll(1, 0) if self.resample else made
+        return self.masks_of(observed).roll(1, 0).to(made.dtype) if self.resample else made
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a915000a
 def misgan_critics_loss(
