@@ -94,7 +94,7 @@ def measure_images(args: argparse.Namespace) -> None:
     name = f"mnist-sample-{args.kind}-{args.rate}-{args.seed}" + (f"-{args.tag}" if args.tag else "")
     run, begun, curve = TrainingRun(args.seed, "cpu", args.precision), time.perf_counter(), []
     with seeded(args.seed, run.device):
-        model = dense_misgan((1, 28, 28), stretch=args.stretch, resample=args.resample)
+        model = dense_misgan((1, 28, 28), stretch=args.stretch)
     settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=args.alpha, beta=0.1)
 
     def look(epoch: int, shown: MisGAN) -> None:
@@ -119,7 +119,7 @@ def measure_images(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 settings=settings
                 | {"average": 0.999}
-                | {n: getattr(args, n) for n in ("stretch", "resample", "precision")},
+                | {n: getattr(args, n) for n in ("stretch", "precision")},
                 epochs=args.epochs,
                 last=curve[-1],
                 curve=curve,
@@ -324,7 +324,6 @@ def main() -> None:
     parser.add_argument("--stretch", type=float, default=0.0)
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
-    parser.add_argument("--resample", action="store_true", help="draws behind masks of other rows")
     parser.add_argument("--tag", default="")
     parser.add_argument("--public", help="folder of the authors' code")
     parser.add_argument("--iterations", type=int, default=4)

@@ -209,40 +209,6 @@ def test_without_a_mask_critic_the_masks_descend_the_data_loss_alone():
     assert all(torch.allclose(a, w.grad) for a, w in zip(own, model.mask_generator.parameters(), strict=True))
 
 
-def check_resampled(module):
-    """With resample, draws stand behind masks of other rows: the mask generator hears of its own critic alone."""
-    model, (x, observed, z, epsilon, omega) = small(module), batch()
-    model.resample = True
-    module.misgan_generators_loss(model, x, observed, z, epsilon, omega, 0.2, 0.1).backward()
-    fake, masks, others = model.data_generator(z), model.mask_generator(epsilon), observed.roll(1, 0).double()
-    l_x = -model.data_critic(fake * others + 0.3 * (1 - others)).mean()
-    completed = torch.where(observed, x, model.imputer(torch.where(observed, x, omega)))
-    l_i = (model.imputer_critic(fake) - model.imputer_critic(completed)).mean()
-    wanted = {"data_generator": l_x + 0.1 * l_i, "mask_generator": -model.mask_critic(masks).mean()}
-    for name, objective in wanted.items():
-        maker = getattr(model, name)
-        own = torch.autograd.grad(objective, list(maker.parameters()), retain_graph=True)
-        assert all(torch.allclose(a, w.grad, atol=1e-12) for a, w in zip(own, maker.parameters(), strict=True)), name
-    mix = torch.rand(6, 3, generator=seed(9), dtype=torch.float64)
-    found = module.misgan_critics_loss(model, x, observed, z, epsilon, omega, mix)["data"].item()
-    assert abs(found - (model.data_critic(torch.where(observed, x, 0.3)).mean() + l_x).item()) < 1e-12
-
-
-@pytest.mark.parametrize(
-    "edit",
-    [
-        ("self.masks_of(observed).roll(1, 0).to(made.dtype) if self.resample else made", "made"),
-        ("return self.masks_of(observed).roll(1, 0)", "return 1 - self.masks_of(observed).roll(1, 0)"),
-        (
-            "behind = fill_relaxed(fake, model.laid_masks(observed, fake_observed), model.tau)",
-            "behind = fill_relaxed(fake, fake_observed, model.tau)",
-        ),
-    ],
-)
-def test_masks_of_other_rows(edit):
-    mutant_fails(check_resampled, edit)
-
-
 def check_critics(module):
     """The three losses, and each critic's gradient: that of minus its own loss plus ten times its own penalty."""
     from missingbook.gans.wgan import gradient_penalty
@@ -635,7 +601,7 @@ def holed(n=120, channels=1, rate=0.5):
         (1, {}),
         (3, {"channels": 4}),
         (1, {"networks": "conv", "channels": 4}),
-        (1, {"tau": 0.5, "stretch": 0.1, "beta": 0.0, "resample_masks": True, "average": 0.0}),
+        (1, {"tau": 0.5, "stretch": 0.1, "beta": 0.0, "alpha": 0.0, "average": 0.0}),
     ],
 )
 def test_estimator(channels, options):
@@ -690,7 +656,6 @@ def test_save_and_load(tmp_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"resample_masks": 1}, "resample_masks"),
         ({"networks": "deep"}, "'auto', 'dense' or 'conv'"),
         ({"tau": 2.0}, "tau"),
         ({"temperature": 0.0}, "temperature"),

@@ -101,18 +101,17 @@ class MisGAN(nn.Module):
     """The six networks of MisGAN, and τ. Without imputer: figure 1 of the paper. Without mask_critic: AmbientGAN.
 
     data_generator: noise → rows in [0, 1]; mask_generator: noise → relaxed masks, which may have fewer channels. A critic
-    gives one number a row. imputer: Ĝ_i; all that it needs to know of a row is in its input. resample: draws are seen
-    behind masks of other rows in place of generated ones."""
+    gives one number a row. imputer: Ĝ_i; all that it needs to know of a row is in its input."""
 
     def __init__(self, data_generator: nn.Module, mask_generator: nn.Module, data_critic: nn.Module,
                  mask_critic: nn.Module | None, imputer: nn.Module | None = None, imputer_critic: nn.Module | None = None,
-                 tau: float | int = 0.0, resample: bool = False):
+                 tau: float | int = 0.0):
         super().__init__()
         if (imputer is None) != (imputer_critic is None):
             raise ValueError("an imputer needs a critic of its own: give both, imputer and imputer_critic, or neither")
         self.data_generator, self.data_critic = data_generator, data_critic
         self.mask_generator, self.mask_critic = mask_generator, mask_critic
-        self.imputer, self.imputer_critic, self.tau, self.resample = imputer, imputer_critic, float(tau), resample
+        self.imputer, self.imputer_critic, self.tau = imputer, imputer_critic, float(tau)
 
     @property
     def critics(self) -> list[nn.Module]:
@@ -127,17 +126,12 @@ class MisGAN(nn.Module):
     def with_makers(self, makers: Iterable[nn.Module]) -> "MisGAN":
         """The same critics and τ, with other generators (and imputer, if this has one)."""
         data_generator, mask_generator, imputer = (*makers, None)[:3]
-        return MisGAN(data_generator, mask_generator, self.data_critic, self.mask_critic, imputer, self.imputer_critic,
-                      self.tau, self.resample)
+        return MisGAN(data_generator, mask_generator, self.data_critic, self.mask_critic, imputer, self.imputer_critic, self.tau)
 
     def masks_of(self, observed: Bool[Tensor, "batch *shape"]) -> Float[Tensor, "batch *masks"]:
         """Masks as numbers, in as many channels as the mask generator has: one, if all channels are masked alike."""
         wanted = self.mask_generator.shape
         return observed[:, : wanted[0]].float() if len(wanted) == 3 else observed.float()
-
-    def laid_masks(self, observed: Bool[Tensor, "batch *shape"], made: Float[Tensor, "batch *masks"]) -> Float[Tensor, "batch *masks"]:
-        """The masks that draws are seen behind: those made, or with `resample` those of the batch, each moved to the next row."""
-        return self.masks_of(observed).roll(1, 0).to(made.dtype) if self.resample else made
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a915000a
 def misgan_critics_loss(
@@ -150,7 +144,7 @@ def misgan_critics_loss(
     They share no weights, so the sum gives each its own gradient. Also returned: the three losses L."""
     with torch.no_grad():
         fake, fake_observed = model.data_generator(z), model.mask_generator(epsilon)
-    behind = fill_relaxed(fake, model.laid_masks(observed, fake_observed), model.tau)
+    behind = fill_relaxed(fake, fake_observed, model.tau)
     pairs = {"data": (model.data_critic, torch.where(observed, x, model.tau), behind)}
     if model.mask_critic is not None:
         pairs["mask"] = (model.mask_critic, model.masks_of(observed), fake_observed)
@@ -172,8 +166,7 @@ def misgan_generators_loss(
     Call it where the critics are `frozen`. Its value has no meaning. Without a mask critic, G_m descends L_x alone."""
     fake, fake_observed = model.data_generator(z), model.mask_generator(epsilon)
     into_masks = alpha if model.mask_critic is not None else 1.0
-    laid = model.laid_masks(observed, weighted_gradient(fake_observed, into_masks))
-    loss = -model.data_critic(fill_relaxed(fake, laid, model.tau)).mean()
+    loss = -model.data_critic(fill_relaxed(fake, weighted_gradient(fake_observed, into_masks), model.tau)).mean()
     if model.mask_critic is not None:
         loss = loss - model.mask_critic(fake_observed).mean()
     if model.imputer is not None:
@@ -271,24 +264,24 @@ def _level(convolution: nn.Module, channels: int) -> nn.Sequential:
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a9150012
 def dense_misgan(shape: tuple[int, ...], hidden: int = 512, latent: int = 128, tau: float | int = 0.0,
-                 temperature: float | int = 0.66, stretch: float | int = 0.0, resample: bool = False) -> MisGAN:
+                 temperature: float | int = 0.66, stretch: float | int = 0.0) -> MisGAN:
     """FC-MisGAN (MisGAN appendix D): generators 128-256-512-pixels, critics pixels-512-256-128-1, imputer pixels-500-500-pixels.
 
     hidden: the widest hidden layer, 512 in the paper; the others go with it."""
     width, sizes = math.prod(shape), (hidden, -(-hidden // 2), -(-hidden // 4))
     makes = [Generator(shape, latent, sizes[1::-1], last) for last in (nn.Sigmoid(), RelaxedMask(temperature, stretch))]
     critics = [Critic(width, sizes) for _ in range(3)]
-    return MisGAN(*makes, *critics[:2], DenseImputer(shape, (hidden, hidden)), critics[2], tau, resample)
+    return MisGAN(*makes, *critics[:2], DenseImputer(shape, (hidden, hidden)), critics[2], tau)
 
 
 def conv_misgan(shape: tuple[int, int, int], channels: int = 64, latent: int = 128, tau: float | int = 0.0,
-                temperature: float | int = 0.66, stretch: float | int = 0.0, resample: bool = False) -> MisGAN:
+                temperature: float | int = 0.66, stretch: float | int = 0.0) -> MisGAN:
     """Conv-MisGAN with a U-Net as imputer; one mask for all channels of a picture. Raises ValueError for sides not divisible by four."""
     one, depth = (1, *shape[1:]), min(5, *(int(math.log2(side & -side)) for side in shape[1:]))
     _check_sides(*shape[1:])
     makes = [ConvGenerator(shape, latent, channels), ConvGenerator(one, latent, channels, RelaxedMask(temperature, stretch))]
     critics = [ConvCritic(s, channels) for s in (shape, one, shape)]
-    return MisGAN(*makes, *critics[:2], UNet(shape, channels, depth), critics[2], tau, resample)
+    return MisGAN(*makes, *critics[:2], UNet(shape, channels, depth), critics[2], tau)
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a915000c
 def _adams(run: TrainingRun, *groups: tuple[list[nn.Module], float | int]) -> torch.optim.Adam:
@@ -470,8 +463,7 @@ class MisGANImputer(DeepImputer):
     networks: "dense" (small grey pictures), "conv" (sides that four divides; a U-Net imputes) or "auto", dense for one
     channel and conv for more. hidden: the widest hidden layer of dense networks; channels: the first level of
     convolutional ones; latent: of the noise. tau: what stands in holes, in [0, 1] of the scaled pixels. temperature,
-    stretch: see `relaxed_mask`. resample_masks: draws are compared behind the masks of other pictures, not generated ones,
-    which fully connected networks make badly where pixels drop out one by one. alpha, beta: weights of eqs. 7 and 10; n_critic, penalty, average: see `train_misgan` (the paper: 5, 10, none, and a learning_rate of 1e-4). Adam's
+    stretch: see `relaxed_mask`. alpha, beta: weights of eqs. 7 and 10; n_critic, penalty, average: see `train_misgan` (the paper: 5, 10, none, and a learning_rate of 1e-4). Adam's
     rate is learning_rate, twice as much for the imputer. `sample` gives completions, `transform` the mean over n_draws of
     them, which is blurred; `generate` and `generate_masks` make new pictures and masks. The missingness must not depend
     on the pictures. The rest: see `DeepImputer`."""
@@ -483,23 +475,20 @@ class MisGANImputer(DeepImputer):
                                      "n_critic": (1, math.inf), "penalty": (0.0, 1e9), "average": (0.0, 0.999999)}
 
     def __init__(self, *, networks="auto", hidden=512, channels=64, latent=128, tau=0.0, temperature=0.66, stretch=0.0,
-                 resample_masks=False, alpha=0.2, beta=0.1, n_critic=2, penalty=10.0, average=0.999, max_epochs=300, batch_size=64,
+                 alpha=0.2, beta=0.1, n_critic=2, penalty=10.0, average=0.999, max_epochs=300, batch_size=64,
                  learning_rate=3e-4, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, **common)
         self.networks, self.hidden, self.channels, self.latent = networks, hidden, channels, latent
-        self.tau, self.temperature, self.stretch, self.resample_masks = tau, temperature, stretch, resample_masks
+        self.tau, self.temperature, self.stretch = tau, temperature, stretch
         self.alpha, self.beta, self.n_critic, self.penalty, self.average = alpha, beta, n_critic, penalty, average
 
     def _build(self) -> nn.Module:
         if not isinstance(self.networks, str) or self.networks not in ("auto", "dense", "conv"):
             raise ValueError(f"networks={self.networks!r}: it is 'auto', 'dense' or 'conv'")
-        if not isinstance(self.resample_masks, bool):
-            raise ValueError(f"resample_masks={self.resample_masks!r}: it is True or False")
         shape = self.encoder_.shape_
         kind = self.networks if self.networks != "auto" else "dense" if shape[0] == 1 else "conv"
         return (conv_misgan if kind == "conv" else dense_misgan)(
-            shape, self.hidden if kind == "dense" else self.channels, self.latent, self.tau, self.temperature, self.stretch,
-            self.resample_masks)
+            shape, self.hidden if kind == "dense" else self.channels, self.latent, self.tau, self.temperature, self.stretch)
 
     def _train(self, network, x, observed, run) -> None:
         if observed.all():
