@@ -185,8 +185,8 @@ def check_makers(module):
         ("return weight * x + (1 - weight) * x.detach()", "return weight * x"),
         ("return weight * x + (1 - weight) * x.detach()", "return x"),
         (
-            "model.laid_masks(observed, weighted_gradient(fake_observed, into_masks))",
-            "model.laid_masks(observed, fake_observed)",
+            "weighted_gradient(fake_observed, into_masks), model.tau)",
+            "fake_observed, model.tau)",
         ),
         ("weighted_gradient(fake, beta), completed)", "fake.detach(), completed)"),  # what the authors' code does
         ("weighted_gradient(fake, beta), completed)", "fake, completed)"),
