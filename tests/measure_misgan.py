@@ -33,7 +33,7 @@ from missingbook.foundations.data import load
 from missingbook.foundations.masks import independent_dropout, square_observed
 from missingbook.foundations.metrics import fid, rmse
 from missingbook.foundations.training import TrainingRun, seeded
-from missingbook.gans.misgan import ConvCritic, MisGAN, dense_misgan, imputed, square_overlap, train_misgan
+from missingbook.gans.misgan import ConvCritic, ConvGenerator, MisGAN, dense_misgan, imputed, square_overlap, train_misgan
 from missingbook.gans.wgan import Critic, draw
 
 FOLDER = ROOT / "results" / "misgan"
@@ -95,6 +95,9 @@ def measure_images(args: argparse.Namespace) -> None:
     run, begun, curve = TrainingRun(args.seed, "cpu", args.precision), time.perf_counter(), []
     with seeded(args.seed, run.device):
         model = dense_misgan((1, 28, 28), stretch=args.stretch)
+        if args.channels:
+            model.data_generator = ConvGenerator((1, 28, 28), 128, args.channels)
+            model.data_critic = ConvCritic((1, 28, 28), args.channels)
     settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=args.alpha, beta=0.1)
 
     def look(epoch: int, shown: MisGAN) -> None:
@@ -119,7 +122,7 @@ def measure_images(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 settings=settings
                 | {"average": 0.999}
-                | {n: getattr(args, n) for n in ("stretch", "precision")},
+                | {n: getattr(args, n) for n in ("stretch", "channels", "precision")},
                 epochs=args.epochs,
                 last=curve[-1],
                 curve=curve,
@@ -324,6 +327,7 @@ def main() -> None:
     parser.add_argument("--stretch", type=float, default=0.0)
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
+    parser.add_argument("--channels", type=int, default=0, help="convolutions for pictures, with so many channels")
     parser.add_argument("--tag", default="")
     parser.add_argument("--public", help="folder of the authors' code")
     parser.add_argument("--iterations", type=int, default=4)
