@@ -33,7 +33,15 @@ from missingbook.foundations.data import load
 from missingbook.foundations.masks import independent_dropout, square_observed
 from missingbook.foundations.metrics import fid, rmse
 from missingbook.foundations.training import TrainingRun, seeded
-from missingbook.gans.misgan import ConvCritic, ConvGenerator, MisGAN, dense_misgan, imputed, square_overlap, train_misgan
+from missingbook.gans.misgan import (
+    ConvCritic,
+    ConvGenerator,
+    MisGAN,
+    dense_misgan,
+    imputed,
+    square_overlap,
+    train_misgan,
+)
 from missingbook.gans.wgan import Critic, draw
 
 FOLDER = ROOT / "results" / "misgan"
