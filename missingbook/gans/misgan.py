@@ -296,14 +296,18 @@ def _adams(run: TrainingRun, *groups: tuple[list[nn.Module], float | int]) -> to
     return adam
 
 
-def _check_rows(x: Tensor, observed: Tensor, **least: int) -> None:
+def _check_rows(x: Tensor, observed: Tensor, max_epochs: int, **least: int) -> None:
     if x.shape != observed.shape or len(x) < 2:
-        raise ValueError(f"x has shape {tuple(x.shape)} and observed {tuple(observed.shape)}; they must agree, with 2 rows or more")
+        raise ValueError(f"{len(x)} rows of shape {tuple(x.shape[1:])} and masks of shape {tuple(observed.shape)}: they must agree, "
+                         "and 2 rows or more are needed")
     if not torch.isfinite(torch.where(observed, x, 0.0)).all():
         raise ValueError("an observed entry of x is NaN or infinite: mark it as not observed, or mend it")
     for name, value in least.items():
         if value < 1:
             raise ValueError(f"{name}={value!r}: use 1 or more")
+    if (steps := max_epochs * -(-len(x) // least["batch_size"])) < least["n_critic"]:
+        raise ValueError(f"max_epochs={max_epochs} and batch_size={least['batch_size']} make {steps} steps of the critics; the first "
+                         f"of the generators would come after n_critic={least['n_critic']}: take more epochs or a smaller batch")
 
 # %% ../../nbs/04_gans/04_misgan.ipynb #a915000d
 def train_misgan(
@@ -314,11 +318,11 @@ def train_misgan(
 ) -> None:
     """MisGAN, all networks jointly (eqs. 6 and 7; with an imputer 7, 9 and 10): a step of the generators after n_critic of the critics.
 
-    x in [0, 1]; what it holds where it was not observed has no influence. The imputer and its critic learn at twice
+    x in the range of the data generator, [0, 1] for a sigmoid; what it holds where it was not observed has no influence. The imputer and its critic learn at twice
     learning_rate. At the end generators and imputer get the running mean of their weights (`weight_average`; 0: their last
     ones); on_epoch(epoch, shown) sees a model with those. Logged: data, mask, imputer (the losses L). Warns of a generator
     that collapsed or ran away. Raises ValueError for shapes that differ, fewer than 2 rows, an observed NaN."""
-    _check_rows(x, observed, n_critic=n_critic, batch_size=batch_size)
+    _check_rows(x, observed, max_epochs, n_critic=n_critic, batch_size=batch_size)
     if model.mask_generator.shape != tuple(x.shape[1:]) and (observed != observed[:, :1]).any():
         raise ValueError("channels of a picture are masked apart, and this mask generator makes one mask for all channels; "
                          "take networks='dense'")
@@ -388,7 +392,7 @@ def check_misgan(model: MisGAN, x: Float[Tensor, "n *shape"], observed: Bool[Ten
         found["mask"] = spread_ratio(masks, made[1]).item()
     for name, spread in found.items():
         trouble = spread_trouble(spread, f"the {name} generator")
-        if trouble and not math.isnan(spread):
+        if trouble and math.isfinite(spread):  # else no two rows share a cell, or all are the same there
             warnings.warn(f"{trouble}. {ADVICE}", RuntimeWarning, stacklevel=3)
     return found
 
@@ -420,7 +424,7 @@ def train_imputer(
     Raises ValueError for a model without imputer, and as `train_misgan` does."""
     if model.imputer is None:
         raise ValueError("this MisGAN has no imputer: give it one, with a critic of its own")
-    _check_rows(observed.float() if x is None else x, observed, n_critic=n_critic, batch_size=batch_size)
+    _check_rows(observed.float() if x is None else x, observed, max_epochs, n_critic=n_critic, batch_size=batch_size)
     model.to(run.device).train()
     adams = [_adams(run, ([network], learning_rate)) for network in (model.imputer_critic, model.imputer)]
     mean = weight_average(model.imputer, average)
@@ -463,9 +467,10 @@ class MisGANImputer(DeepImputer):
     networks: "dense" (small grey pictures), "conv" (sides that four divides; a U-Net imputes) or "auto", dense for one
     channel and conv for more. hidden: the widest hidden layer of dense networks; channels: the first level of
     convolutional ones; latent: of the noise. tau: what stands in holes, in [0, 1] of the scaled pixels. temperature,
-    stretch: see `relaxed_mask`. alpha, beta: weights of eqs. 7 and 10; n_critic, penalty, average: see `train_misgan` (the paper: 5, 10, none, and a learning_rate of 1e-4). Adam's
-    rate is learning_rate, twice as much for the imputer. `sample` gives completions, `transform` the mean over n_draws of
-    them, which is blurred; `generate` and `generate_masks` make new pictures and masks. The missingness must not depend
+    stretch: see `relaxed_mask`. alpha, beta: weights of eqs. 7 and 10; n_critic, penalty, average: see `train_misgan` (the
+    paper: 5, 10, none, and a learning_rate of 1e-4). Adam's rate is learning_rate, twice as much for the imputer. `sample`
+    gives completions, which vary less than they err; `transform` the mean over n_draws of them; `generate` and
+    `generate_masks` make new pictures and masks. The missingness must not depend
     on the pictures. The rest: see `DeepImputer`."""
 
     _takes = ("images",)
@@ -506,13 +511,13 @@ class MisGANImputer(DeepImputer):
             raise ValueError(f"n={n!r}: it must be a whole number from 1 on")
         seed = self.seed_ if random_state is None else seed_from(random_state)
         generator = getattr(self.network_.to(choose_device(self.device)), name)
-        z = RowNoise(seed, 0, 0, torch.device("cpu")).normal(int(n), generator.latent)  # the first ones do not depend on n
+        z = RowNoise(seed, 0, 0, torch.device("cpu")).normal(int(n), generator.latent)  # the first pictures are the same for any n, but for rounding
         return in_chunks(lambda part: generator(part.to(next(generator.parameters()).device)), z, chunk=self._chunk)
 
     def generate(self, n: int, random_state=None) -> Float[np.ndarray, "n channels height width"]:
-        """n new complete pictures in the units of X. random_state None repeats those of this fit. Raises ValueError for n < 1."""
+        """n new complete pictures in the units and bounds of X. random_state None repeats those of this fit. Raises ValueError for n < 1."""
         made = self._generate("data_generator", n, random_state).double() * self.encoder_.spread_ + self.encoder_.offset_
-        return made.numpy().astype("float32")
+        return made.clamp(self.encoder_.low_, self.encoder_.high_).numpy().astype("float32")
 
     def generate_masks(self, n: int, random_state=None) -> Bool[np.ndarray, "n channels height width"]:
         """n new masks, True where a pixel would be observed: the generator's relaxed ones, cut at one half."""
