@@ -106,6 +106,9 @@ def measure_images(args: argparse.Namespace) -> None:
         if args.channels:
             model.data_generator = ConvGenerator((1, 28, 28), 128, args.channels)
             model.data_critic = ConvCritic((1, 28, 28), args.channels)
+            if args.unet:
+                model.imputer = UNet((1, 28, 28), args.channels, 2)
+                model.imputer_critic = ConvCritic((1, 28, 28), args.channels)
     settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=args.alpha, beta=0.1)
 
     def look(epoch: int, shown: MisGAN) -> None:
@@ -130,7 +133,7 @@ def measure_images(args: argparse.Namespace) -> None:
                 seed=args.seed,
                 settings=settings
                 | {"average": 0.999}
-                | {n: getattr(args, n) for n in ("stretch", "channels", "precision")},
+                | {n: getattr(args, n) for n in ("stretch", "channels", "unet", "precision")},
                 epochs=args.epochs,
                 last=curve[-1],
                 curve=curve,
@@ -336,6 +339,7 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.2)
     parser.add_argument("--precision", choices=["float32", "bf16"], default="float32")
     parser.add_argument("--channels", type=int, default=0, help="convolutions for pictures, with so many channels")
+    parser.add_argument("--unet", action="store_true", help="with channels: a U-Net imputes, convolutions judge it")
     parser.add_argument("--tag", default="")
     parser.add_argument("--public", help="folder of the authors' code")
     parser.add_argument("--iterations", type=int, default=4)

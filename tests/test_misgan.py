@@ -323,7 +323,7 @@ def test_sides_that_four_does_not_divide_are_refused():
         lambda: MisGANImputer(networks="conv", max_epochs=1, verbose=False).fit(holed), ValueError, "dense networks"
     )
     with pytest.warns(RuntimeWarning, match="collapsed"):
-        MisGANImputer(hidden=8, max_epochs=1, random_state=0, verbose=False).fit(holed)  # dense ones take any side
+        MisGANImputer(hidden=8, max_epochs=2, random_state=0, verbose=False).fit(holed)  # dense ones take any side
 
 
 def test_an_imputer_needs_its_critic():
@@ -583,6 +583,18 @@ def test_bad_counts_are_refused(name):
     refuses(lambda: misgan.train_misgan(tiny_misgan(), *digits(20), quiet(), **{name: 0}), ValueError, name)
 
 
+def test_a_run_without_a_step_of_the_generators_is_refused():
+    """Mutation: the run would end at the first weights, and only look collapsed."""
+    x, observed = digits(40)
+    for options in ({"n_critic": 100}, {"batch_size": 64, "n_critic": 2}):
+        refuses(
+            lambda options=options: misgan.train_misgan(tiny_misgan(), x, observed, quiet(), 1, **options),
+            ValueError,
+            "first of the generators",
+        )
+    refuses(lambda: misgan.train_imputer(tiny_misgan(), quiet(), None, observed, 1, 64), ValueError, "more epochs")
+
+
 # --- the estimator ------------------------------------------------------------------------------------------------
 
 SMALL = dict(hidden=16, latent=4, max_epochs=2, n_draws=4, random_state=0, verbose=False)
@@ -620,6 +632,8 @@ def test_estimator(channels, options):
     assert (masks == masks[:, :1]).all() or (channels > 1 and options.get("networks") == "dense")
     assert np.array_equal(new, imputer.generate(5)) and not np.array_equal(new, imputer.generate(5, random_state=1))
     assert np.allclose(imputer.generate(7)[:5], new, atol=1e-4)
+    bounded = MisGANImputer(**(SMALL | options | {"bounds": (7.0, 7.5)})).fit(holes).generate(5)
+    assert bounded.min() >= 7.0 and bounded.max() <= 7.5
     check_no_peek(MisGANImputer(**(SMALL | options)), holes)
 
 
