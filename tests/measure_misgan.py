@@ -37,6 +37,7 @@ from missingbook.gans.misgan import (
     ConvCritic,
     ConvGenerator,
     MisGAN,
+    UNet,
     dense_misgan,
     imputed,
     square_overlap,
