@@ -3,6 +3,7 @@
 A mutation is a copy of the module, without the hook that checks shapes, with pieces of its source replaced."""
 
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -153,6 +154,46 @@ def check_range(module):
 def test_range_of_numbers(edit):
     """Mutations: a peek at hidden values; no limit; noise on what was observed; the lower end forgotten."""
     must_fail(check_range, edit)
+
+
+def check_begin(module):
+    with seeded(0, CPU):
+        network = module.GAIN(MIXED, 8)
+    x = torch.tensor([[10.0, 1, 1, 0, 0, 1], [30.0, 0, 0, 1, 1, 0], [18.0, 1, 1, 0, 1, 0], [-5e5, 0, 0, 1, 0, 1]])
+    seen = torch.tensor([[True] * 6] * 3 + [[False] * 6])
+    network.learn_range(x, seen)
+    network.begin_at_means(x, seen)
+    torch.nn.init.zeros_(network.generator[-1].weight)  # what the bias says alone
+    filled = network.from_unit(network.generate(network.to_unit(x), seen, torch.zeros(4, 6)))
+    assert torch.allclose(filled, x[:3].mean(0).expand(4, 6), rtol=1e-4)
+
+
+@pytest.mark.parametrize("edit", [
+    ("self.generator[-1].bias.copy_(", "self.generator[-1].bias.clone().copy_("),
+    ("torch.where(observed, unit, 0.0).sum(0)", "unit.sum(0)"),
+    ("result = means.logit()", "result = means.clone()"),
+    ("result[start:stop] = means[start:stop].log()", "pass"),
+])
+def test_a_generator_begins_at_the_means(edit):
+    """Mutations: the bias stays at 0; a peek at hidden values; no logit; categories through the wrong door."""
+    must_fail(check_begin, edit)
+
+
+def check_wild_value(module):
+    x = torch.randn(600, 2, generator=torch.Generator().manual_seed(0)).numpy()
+    x[:, 1] += x[:, 0]
+    lost = np.random.default_rng(0).random(600) < 0.3
+    holes = x.copy()
+    holes[lost, 1] = np.nan
+    holes[np.flatnonzero(~lost)[0], 1] = 300.0
+    filled = module.GAINImputer(**(SMALL | {"max_epochs": 4, "min_steps": 50})).fit(holes).transform(holes)
+    by_gain, by_mean = (np.square(fills - x[lost, 1]).mean() for fills in (filled[lost, 1], np.nanmean(holes[:, 1])))
+    assert by_gain < 4 * by_mean
+
+
+def test_one_wild_value_does_not_destroy_a_column():
+    """Mutation: the bias begins at 0, in the middle of a range that one value stretches."""
+    must_fail(check_wild_value, ("network.begin_at_means(x, observed)", "pass"))
 
 
 def trained(module, **own):
@@ -337,6 +378,38 @@ def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path):
 def test_a_diverged_training_is_reported():
     with pytest.raises(TrainingDiverged, match="learning_rate"):
         GAINImputer(**SMALL, learning_rate=1e9, alpha=1e9, validation_fraction=0.0).fit(flowers())
+
+
+def said(module=gain, **own):
+    """What a fit warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module.GAINImputer(**(SMALL | {"max_epochs": 6, "min_steps": 50} | own)).fit(with_holes(table(200, 4)))
+    return [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.05])
+def test_a_generator_that_learned_nothing_is_reported(fraction):
+    """Mutation: nobody asks the judge. Sigmoids at the ends of the range; a dead layer."""
+    wrong = dict(learning_rate=10.0, validation_fraction=fraction)
+    assert any("learning_rate" in words for words in said(**wrong))
+    silent = copy_of(gain, ("judge.complaint(network, loss)) is not None", "None) is not None"))
+    assert said(silent, **wrong) == [] == said(validation_fraction=fraction)
+    with seeded(0, CPU):
+        network, x = gain.GAIN(MIXED, 8), torch.rand(20, 6)
+    judge = gain.Judge(x, torch.ones(20, 6, dtype=torch.bool), MIXED, fraction, Noise(0, CPU))
+    assert "dead" not in str(judge.complaint(network, "gain"))
+    torch.nn.init.constant_(network.generator[-3].bias, -1e3)
+    assert "dead" in judge.complaint(network, "gain")
+
+
+def test_a_game_that_is_off_is_reported():
+    """Mutation: a hint that tells everything passes in silence."""
+    assert any("hint_rate=1 tells every cell" in words for words in said(hint_rate=1.0, max_epochs=1))
+    assert said(hint_rate=1.0, adversarial=0.0) == []
+    assert said(copy_of(gain, ("self.hint_rate == 1 and", "False and")), hint_rate=1.0) == []
+    nothing = GAINImputer(**SMALL, alpha=0, adversarial=0.0)
+    refuses(lambda: nothing.fit(table(40, 3)), ValueError, "alpha=0 and adversarial=0")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
