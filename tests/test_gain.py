@@ -191,7 +191,7 @@ def check_wild_value(module):
     assert by_gain < 4 * by_mean
 
 
-def test_one_wild_value_does_not_destroy_a_column():
+def test_the_bias_bounds_what_one_wild_value_does():
     """Mutation: the bias begins at 0, in the middle of a range that one value stretches."""
     must_fail(check_wild_value, ("network.begin_at_means(x, observed)", "pass"))
 
