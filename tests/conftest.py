@@ -50,6 +50,34 @@ def copy_of(module, *edits):
     return copy
 
 
+def mutant_fails(module, check, *edits):
+    "The check holds for the module, and fails for a copy with these edits."
+    check(module)
+    mutant = copy_of(module, *edits)
+    with pytest.raises(AssertionError):
+        check(mutant)
+
+
+class Interruptible:
+    "Stands before an imputer: Ctrl-C before epoch `stop`; every epoch stores a state; `begun`: the epochs run."
+
+    stop = None
+
+    def _train(self, network, x, observed, run):
+        run.checkpoint_seconds, run._mark_steps = 0, 1
+        honest, self.begun = run.epochs, []
+
+        def epochs(n):
+            for epoch in honest(n):
+                if epoch == self.stop:
+                    raise KeyboardInterrupt
+                self.begun.append(epoch)
+                yield epoch
+
+        run.epochs = epochs
+        super()._train(network, x, observed, run)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     "The project's root."

@@ -45,6 +45,7 @@ from missingbook.gans.misgan import (
 )
 from missingbook.gans.wgan import Critic, draw
 
+BEGUN_AT = commit()  # of the code that is loaded; the checkout may move on meanwhile
 FOLDER = ROOT / "results" / "misgan"
 SIDES = {0.8: 13, 0.9: 9}
 RIVALS = {
@@ -70,7 +71,7 @@ def about(**facts) -> dict:
     return facts | {
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "commit": commit(),
+        "commit": BEGUN_AT,
         "versions": {p: version(p) for p in ("torch", "numpy", "scikit-learn")},
     }
 

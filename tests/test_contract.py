@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import Interruptible
 from scipy.stats import norm
 from sklearn.base import clone
 from sklearn.datasets import load_digits, load_iris
@@ -778,28 +779,11 @@ def test_fits_in_threads_do_not_share_random_numbers(monkeypatch):
     assert fits_at_a_time() == 2
 
 
-class InterruptedImputer(AutoencoderImputer):
-    """Ctrl-C before epoch `stop`; a state is stored after every epoch."""
-
-    stop = None
+class InterruptedImputer(Interruptible, AutoencoderImputer):
+    """Ctrl-C before epoch `stop`."""
 
     def __init__(self, **common):
         super().__init__(**common)
-
-    def _train(self, network, x, observed, run):
-        run.checkpoint_seconds, run._mark_steps = 0, 1
-        honest = run.epochs
-        self.begun = []
-
-        def epochs(n):
-            for epoch in honest(n):
-                if epoch == self.stop:
-                    raise KeyboardInterrupt
-                self.begun.append(epoch)
-                yield epoch
-
-        run.epochs = epochs
-        super()._train(network, x, observed, run)
 
 
 def interrupted(X, path):

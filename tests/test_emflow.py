@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copy_of, refuses, seed
+from conftest import Interruptible, copy_of, refuses, seed
 from sklearn.datasets import load_digits, load_iris
 
 from missingbook.flows import emflow
@@ -621,27 +621,11 @@ def test_images(channels, fill):
     assert imputer.sample(holes, 2)[:, ~seen].std(0).mean() > 0.01
 
 
-class Stopped(EMFlowImputer):
-    """Ctrl-C before epoch `stop`; a state is stored after every epoch."""
-
-    stop = None
+class Stopped(Interruptible, EMFlowImputer):
+    """Ctrl-C before epoch `stop`."""
 
     def __init__(self, **common):
         super().__init__(**common)
-
-    def _train(self, network, x, observed, run):
-        run.checkpoint_seconds, run._mark_steps = 0, 1
-        honest, self.begun = run.epochs, []
-
-        def epochs(n):
-            for epoch in honest(n):
-                if epoch == self.stop:
-                    raise KeyboardInterrupt
-                self.begun.append(epoch)
-                yield epoch
-
-        run.epochs = epochs
-        super()._train(network, x, observed, run)
 
 
 @pytest.mark.parametrize("own", [

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copy_of, refuses
+from conftest import Interruptible, copy_of, refuses
 from sklearn.datasets import load_digits, load_iris
 
 from missingbook.foundations.imputer import Layout, check_no_peek
@@ -329,26 +329,16 @@ def test_draws_differ_by_the_noise_alone():
     assert spread[0.0] < 1e-6 < spread[0.01] < spread[1.0]
 
 
-class Stopped(GAINImputer):
-    """Ctrl-C before epoch `stop`; a state is stored after every epoch."""
+class Stopped(Interruptible, GAINImputer):
+    """Ctrl-C before epoch `stop`; where not `kept`, the run forgets the discriminator's optimizer."""
 
-    stop, kept = None, True
+    kept = True
 
     def __init__(self, **common):
         super().__init__(**common)
 
     def _train(self, network, x, observed, run):
-        run.checkpoint_seconds, run._mark_steps = 0, 1
-        honest, keep, self.begun = run.epochs, run.keep, []
-
-        def epochs(n):
-            for epoch in honest(n):
-                if epoch == self.stop:
-                    raise KeyboardInterrupt
-                self.begun.append(epoch)
-                yield epoch
-
-        run.epochs = epochs
+        keep = run.keep
         run.keep = lambda **parts: keep(**{k: v for k, v in parts.items() if self.kept or k != "adam_d"})
         super()._train(network, x, observed, run)
 

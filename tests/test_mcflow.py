@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copy_of, refuses, seed
+from conftest import Interruptible, copy_of, refuses, seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
@@ -438,26 +438,11 @@ def test_learning():
     must_fail(check_learning, ('loss = values["J2"] + likelihood', 'loss = -0.01 * values["J2"] + likelihood'))
 
 
-class Interrupted(MCFlowImputer):
-    """Ctrl-C before epoch `stop`; a state is stored after every epoch."""
-
-    stop = None
+class Interrupted(Interruptible, MCFlowImputer):
+    """Ctrl-C before epoch `stop`."""
 
     def __init__(self, **common):
         super().__init__(**common)
-
-    def _train(self, network, x, observed, run):
-        run.checkpoint_seconds, run._mark_steps = 0, 1
-        honest = run.epochs
-
-        def epochs(n):
-            for epoch in honest(n):
-                if epoch == self.stop:
-                    raise KeyboardInterrupt
-                yield epoch
-
-        run.epochs = epochs
-        super()._train(network, x, observed, run)
 
 
 def check_resume(folder, feed, hide, fill, restart=False):

@@ -2,11 +2,13 @@
 
 import math
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import copy_of, refuses, seed
+from conftest import mutant_fails as holds_and_mutant_fails
 from scipy.optimize import linprog
 from torch import nn
 
@@ -18,12 +20,7 @@ def quiet(**options):
     return TrainingRun(**({"seed": 0, "device": "cpu", "verbose": False} | options))
 
 
-def mutant_fails(check, *edits):
-    """The check holds for the module, and fails for a copy with these edits."""
-    check(wgan)
-    mutant = copy_of(wgan, *edits)
-    with pytest.raises(AssertionError):
-        check(mutant)
+mutant_fails = partial(holds_and_mutant_fails, wgan)
 
 
 def pair(n=16, *shape):
