@@ -13,7 +13,7 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -336,11 +336,15 @@ class _Fill(TransformerMixin):  # the mixin must be a parent of the class that d
             raise ValueError(f"n_samples={n_samples!r}: it must be a whole number from 1 on")
         seed = self.seed_ if random_state is None else seed_from(random_state)
         x, observed = self._encode(X)
-        drawn = [self._decode(self._one_draw(x, observed, seed, k) if x.numel() else x, X)
-                 for k in self._bar(n_samples, "sample")]
+        encoded = self._all_draws(x, observed, seed, n_samples) if x.numel() else n_samples * [x]
+        drawn = [self._decode(draw, X) for draw in encoded]
         if isinstance(X, pd.DataFrame):
             return drawn
         return torch.stack(drawn) if isinstance(X, Tensor) else np.stack(drawn)
+
+    def _all_draws(self, x: Tensor, observed: Tensor, seed: int, n_samples: int) -> Iterable[Tensor]:
+        """The draws one after another; a method that makes several at once overrides this."""
+        return (self._one_draw(x, observed, seed, k) for k in self._bar(n_samples, "sample"))
 
     def _one_draw(self, x: Tensor, observed: Tensor, seed: int, k: int) -> Tensor:
         """Completion number k of every row, with independent noise."""

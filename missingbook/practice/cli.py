@@ -473,6 +473,12 @@ METHODS = {
     "gain-vaeac": Method("gans.gain.GAINImputer", "the same; VAEAC, appendix A.4", "tables, small images",
                          "as gain, with VAEAC's hint, loss and weight", draws=True, saved=True,
                          preset=(("alpha", 10.0), ("hint_rate", 0.01), ("loss", "vaeac"))),
+    "vaeac": Method("vaes.vaeac.VAEACImputer", "Ivanov, Figurnov & Vetrov 2019", "tables, images",
+                    "mixed tables and images: draws of what is missing, from one model for every set of seen cells", draws=True,
+                    saved=True),
+    "vaeac-paper": Method("vaes.vaeac.VAEACImputer", "the same, appendix A.2", "tables, images",
+                          "comparing with the paper: noise of one standard deviation that draws leave out", draws=True, saved=True,
+                          preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
