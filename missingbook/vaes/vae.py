@@ -188,7 +188,7 @@ def ppca(
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / n)  # in ascending order
     variance = values[: width - latent].mean()
-    return vectors[:, width - latent :] * (values[width - latent :] - variance).sqrt(), mean, variance.sqrt()
+    return vectors[:, width - latent :] * (values[width - latent :] - variance).clamp(min=0).sqrt(), mean, variance.sqrt()
 
 # %% ../../nbs/05_vaes/01_vae.ipynb #va000009
 def importance_weighted_bound(log_weights: Float[Tensor, "k *batch"]) -> Float[Tensor, "*batch"]:
