@@ -2,7 +2,8 @@
 
 # %% auto #0
 __all__ = ['hide_cells', 'hide_pattern', 'reconstruction', 'prior_regularizer', 'SkipLayer', 'TableNetworks', 'ResidualBlock',
-           'ImageNetworks', 'VAEAC', 'vaeac_bound', 'log_weights', 'importance_score', 'train_vaeac', 'VAEACImputer']
+           'Pyramid', 'Ascent', 'ImageNetworks', 'VAEAC', 'vaeac_bound', 'log_weights', 'importance_score',
+           'train_vaeac', 'VAEACImputer']
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000002
 """VAEAC: one latent-variable model for every conditional p(hidden | seen), of tables and of images."""
@@ -148,61 +149,82 @@ def _stage(c_in: int, c_out: int, blocks: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 1), *(ResidualBlock(c_out) for _ in range(blocks)))
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000023
+class Pyramid(nn.Module):
+    """Stages of residual convolutions, each at half the sides of the one before; gives the activations of all, finest first."""
+
+    def __init__(self, c_in: int, channels: tuple[int, ...], blocks: int):
+        super().__init__()
+        ends = zip((c_in, *channels[:-1]), channels, strict=True)
+        self.stages = nn.ModuleList(_stage(a, b, blocks) for a, b in ends)
+
+    def forward(self, h: Float[Tensor, "n c height width"]) -> list[Tensor]:
+        """One tensor a stage, (n, channels of the stage, height / 2ᵏ, width / 2ᵏ)."""
+        kept = []
+        for stage in self.stages:
+            kept.append(stage(F.avg_pool2d(kept[-1], 2) if kept else h))
+        return kept
+
+
+class Ascent(nn.Module):
+    """The way up: from z through the stages, coarsest first, with a memory added at each and the input's at the end."""
+
+    def __init__(self, c_in: int, c_out: int, channels: tuple[int, ...], blocks: int, latent: int, small: tuple[int, ...]):
+        super().__init__()
+        self.small, self.first = (channels[-1], *small), nn.Linear(latent, channels[-1] * math.prod(small))
+        pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
+        self.stages = nn.ModuleList(_stage(b, a, blocks) for a, b in reversed(list(pairs)))
+        self.memories = nn.ModuleList(nn.Conv2d(c, c, 1, bias=False) for c in reversed(channels))
+        self.last, self.input_memory = nn.Conv2d(channels[0], c_out, 1), nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def remember(self, kept: list[Tensor], images: Float[Tensor, "n c height width"]) -> list[Tensor]:
+        """What the memories add, one tensor a stage and the input's last: it does not depend on z."""
+        return [*(layer(h) for layer, h in zip(self.memories, reversed(kept), strict=True)), self.input_memory(images)]
+
+    def forward(self, z: Float[Tensor, "*n latent"], memory: list[Tensor]) -> Float[Tensor, "rows out height width"]:
+        """Rows in the order of z.flatten(0, -2); the memory of a row serves all of its draws."""
+        draws = math.prod(z.shape[:-2])
+
+        def add(h: Tensor, m: Tensor) -> Tensor:
+            return (h.view(draws, *m.shape) + m).view(h.shape)
+
+        h = self.first(z.flatten(0, -2)).view(-1, *self.small)
+        for k, (stage, m) in enumerate(zip(self.stages, memory[:-1], strict=True)):
+            h = stage(F.leaky_relu(add(F.interpolate(h, scale_factor=2) if k else h, m)))
+        return add(self.last(F.leaky_relu(h)), memory[-1])
+
+# %% ../../nbs/05_vaes/03_vaeac.ipynb #va000025
 class ImageNetworks(nn.Module):
-    """The three networks as residual convolutions: a stage a resolution, each halving the sides; memory at every stage.
+    """The three networks as residual convolutions, a stage a resolution; rows come and go flat.
 
     shape: (channels, height, width), padded to a multiple of 2^(stages − 1). channels: of the stages, finest first."""
 
     def __init__(self, shape: tuple[int, ...], out_channels: int, channels: tuple[int, ...] = (16, 32, 64, 64),
                  blocks: int = 2, latent: int = 32):
         super().__init__()
-        c, unit, last = shape[0], 2 ** (len(channels) - 1), channels[-1]
-        self.shape, self.pad = tuple(shape), [(-side) % unit for side in shape[1:]]
-        self.small = tuple((side + p) // unit for side, p in zip(shape[1:], self.pad, strict=True))
-        flat, pairs = last * math.prod(self.small), list(zip(channels[:-1], channels[1:], strict=True))
-        self.down_q, self.down_p = (nn.ModuleList([_stage(k * c, channels[0], blocks), *(_stage(a, b, blocks) for a, b in pairs)])
-                                    for k in (3, 2))
-        self.last_q, self.last_p = nn.Linear(flat, 2 * latent), nn.Linear(flat, 2 * latent)
-        self.first_g = nn.Linear(latent, flat)
-        self.up = nn.ModuleList(_stage(b, a, blocks) for a, b in reversed([(channels[0], channels[0]), *pairs]))
-        self.memories = nn.ModuleList(nn.Conv2d(a, a, 1, bias=False) for a in reversed(channels))
-        self.last_g = nn.Conv2d(channels[0], out_channels, 1)
-        self.input_memory = nn.Conv2d(2 * c, out_channels, 1, bias=False)
+        self.shape, unit = tuple(shape), 2 ** (len(channels) - 1)
+        self.pad = [(-side) % unit for side in shape[1:]]
+        small = tuple((side + p) // unit for side, p in zip(shape[1:], self.pad, strict=True))
+        self.down_q, self.down_p = (Pyramid(k * shape[0], channels, blocks) for k in (3, 2))
+        self.last_q, self.last_p = (nn.Linear(channels[-1] * math.prod(small), 2 * latent) for _ in range(2))
+        self.up = Ascent(2 * shape[0], out_channels, channels, blocks, latent, small)
 
     def _images(self, inputs: Float[Tensor, "n inputs"]) -> Float[Tensor, "n c height width"]:
         images = inputs.view(len(inputs), -1, *self.shape[1:])
         return F.pad(images, (0, self.pad[1], 0, self.pad[0])) if any(self.pad) else images
 
-    def _descend(self, stages: nn.ModuleList, h: Tensor) -> list[Tensor]:
-        """The activations of all stages, finest first."""
-        kept = []
-        for k, stage in enumerate(stages):
-            kept.append(stage(F.avg_pool2d(kept[-1], 2) if k else h))
-        return kept
-
     def propose(self, inputs: Float[Tensor, "n inputs"]) -> Float[Tensor, "n twice"]:
-        """The proposal's parameters from (x, seen, observed), flat."""
-        return self.last_q(F.leaky_relu(self._descend(self.down_q, self._images(inputs))[-1].flatten(1)))
+        """The proposal's parameters from (x, seen, observed)."""
+        return self.last_q(F.leaky_relu(self.down_q(self._images(inputs))[-1].flatten(1)))
 
     def recall(self, inputs: Float[Tensor, "n inputs"]) -> tuple[Float[Tensor, "n twice"], list[Tensor]]:
-        """The prior's parameters from (x seen, seen), flat, and what the generative network will be told about it."""
+        """The prior's parameters from (x seen, seen), and what the generative network will be told about it."""
         images = self._images(inputs)
-        kept = self._descend(self.down_p, images)
-        memory = [remember(h) for remember, h in zip(self.memories, reversed(kept), strict=True)]
-        return self.last_p(F.leaky_relu(kept[-1].flatten(1))), [*memory, self.input_memory(images)]
+        kept = self.down_p(images)
+        return self.last_p(F.leaky_relu(kept[-1].flatten(1))), self.up.remember(kept, images)
 
     def generate(self, z: Float[Tensor, "*n latent"], memory: list[Tensor]) -> Float[Tensor, "*n out"]:
-        """The pixels' parameters, flat; z may have an axis of draws before that of rows."""
-        draws = math.prod(z.shape[:-2])
-
-        def add(h: Tensor, m: Tensor) -> Tensor:
-            return (h.view(draws, *m.shape) + m).view(h.shape)
-
-        h = self.first_g(z.flatten(0, -2)).view(-1, self.memories[0].in_channels, *self.small)
-        for k, (stage, m) in enumerate(zip(self.up, memory[:-1], strict=True)):
-            h = stage(F.leaky_relu(add(F.interpolate(h, scale_factor=2) if k else h, m)))
-        h = add(self.last_g(F.leaky_relu(h)), memory[-1])
-        return h[..., : self.shape[1], : self.shape[2]].reshape(*z.shape[:-1], -1)
+        """The pixels' parameters; z may have an axis of draws before that of rows."""
+        return self.up(z, memory)[..., : self.shape[1], : self.shape[2]].reshape(*z.shape[:-1], -1)
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000024
 class VAEAC(nn.Module):
@@ -310,6 +332,16 @@ def train_vaeac(
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000040
 class _VAEACNetwork:
     """How an estimator's parameters become networks and masks."""
+
+    def _check_images(self, table: bool) -> None:
+        if self.pattern is not None and self.pattern not in _PATTERNS:
+            raise ValueError(f"pattern={self.pattern!r}: it is None or one of {', '.join(_PATTERNS)}")
+        if self.pattern is not None and table:
+            raise ValueError(f"pattern={self.pattern!r} is for images; leave it at None for a table")
+        if self.pixels not in ("gaussian", "bernoulli"):
+            raise ValueError(f"pixels={self.pixels!r}: it is 'gaussian' or 'bernoulli'")
+        if not all(isinstance(c, int) and c > 0 for c in self.channels):
+            raise ValueError(f"channels={self.channels!r}: use whole numbers above 0, finest stage first, such as (16, 32, 64)")
 
     def _images(self) -> bool:
         return isinstance(self.encoder_, ImageEncoder)
@@ -452,15 +484,8 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
         self.min_steps = min_steps
 
     def fit(self, X, y=None):
-        """As in `DeepImputer`; besides, ValueError for a pattern or pixels that are none, and a pattern for a table."""
-        if self.pattern is not None and self.pattern not in _PATTERNS:
-            raise ValueError(f"pattern={self.pattern!r}: it is None or one of {', '.join(_PATTERNS)}")
-        if self.pattern is not None and getattr(X, "ndim", 2) == 2:
-            raise ValueError(f"pattern={self.pattern!r} is for images; leave it at None for a table")
-        if self.pixels not in ("gaussian", "bernoulli"):
-            raise ValueError(f"pixels={self.pixels!r}: it is 'gaussian' or 'bernoulli'")
-        if not all(isinstance(c, int) and c > 0 for c in self.channels):
-            raise ValueError(f"channels={self.channels!r}: use whole numbers above 0, finest stage first, such as (16, 32, 64)")
+        """As in `DeepImputer`; besides, ValueError for a pattern, pixels or channels that are none, and a pattern for a table."""
+        self._check_images(getattr(X, "ndim", 2) == 2)
         return super().fit(X, y)
 
     def _train(self, network, x, observed, run) -> None:
