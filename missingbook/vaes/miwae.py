@@ -160,7 +160,7 @@ class MIWAE(nn.Module):
 # %% ../../nbs/05_vaes/02_miwae.ipynb #mw000011
 def train_miwae(
     network: MIWAE, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
-    max_epochs: int = 200, batch_size: int = 128, learning_rate: float | int = 2e-3, n_samples: int = 20,
+    max_epochs: int = 100, batch_size: int = 128, learning_rate: float | int = 2e-3, n_samples: int = 20,
     min_steps: int = 50, validation_fraction: float | int = 0.1,
 ) -> None:
     """Adam up the bound with n_samples weights a row; the epoch with the best bound on rows set aside stays.
@@ -200,7 +200,7 @@ class _Fitting(DeepImputer):
         "validation_fraction": (0.0, 0.9)}
 
     def __init__(self, *, hidden=128, latent=10, depth=2, n_samples=20, n_importance=250, scale_min=0.1, min_steps=50,
-                 validation_fraction=0.1, max_epochs=200, batch_size=128, learning_rate=2e-3,
+                 validation_fraction=0.1, max_epochs=100, batch_size=128, learning_rate=2e-3,
                  patience=20, n_draws=2, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience,
                          n_draws=n_draws, **common)
