@@ -135,6 +135,18 @@ class MIWAE(nn.Module):
         self.layout, self.latent, self.scale_min, self.df_min = layout, latent, scale_min, df_min
         self.encoder = _perceptron(layout.width, hidden, depth, 2 * latent)
         self.decoder = _perceptron(latent, hidden, depth, layout.width + 2 * len(layout.numbers))
+        self.register_buffer("constant", torch.zeros(layout.width, dtype=torch.bool))
+        self.register_buffer("value", torch.zeros(layout.width))
+
+    def learn_constants(self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"]) -> None:
+        """Which columns hold one value in all their observed cells, and which value."""
+        low, high = torch.where(observed, x, math.inf).amin(0), torch.where(observed, x, -math.inf).amax(0)
+        self.constant.copy_(low == high)
+        self.value.copy_(torch.where(self.constant, low, 0.0))
+
+    def keep_constants(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
+        """Encoded rows with these columns at their one value."""
+        return torch.where(self.constant, self.value, x)
 
     def encode(
         self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"]
@@ -216,8 +228,10 @@ class _Fitting(DeepImputer):
         return MIWAE(self._layout(), self.hidden, self.latent, self.depth, self.scale_min)
 
     def _train(self, network, x, observed, run) -> None:
-        train_miwae(network, x.flatten(1), observed.flatten(1), run, self.max_epochs, self.batch_size, self.learning_rate,
-                    self.n_samples, self.min_steps, self.validation_fraction)
+        x, observed = x.to(run.device).flatten(1), observed.to(run.device).flatten(1)
+        network.learn_constants(x, observed)
+        train_miwae(network, x, observed, run, self.max_epochs, self.batch_size, self.learning_rate, self.n_samples,
+                    self.min_steps, self.validation_fraction)
 
     def _run(self, function, *tensors) -> Tensor:
         """As in `DeepImputer`, with fewer rows at a time: the largest tensor holds some 8 million numbers."""
@@ -246,13 +260,13 @@ class MIWAEImputer(_Fitting):
 
     def _expect(self, network, x, observed, noise) -> Tensor:
         log_weights, _, place = self._weigh(network, x, observed, noise)
-        return self_normalized_mean(log_weights, cell_mean_t(place, network.layout)).view(x.shape)
+        return network.keep_constants(self_normalized_mean(log_weights, cell_mean_t(place, network.layout))).view(x.shape)
 
     def _draw(self, network, x, observed, noise) -> Tensor:
         log_weights, z, _ = self._weigh(network, x, observed, noise)
         chosen = resample(log_weights, noise.uniform(len(x), 1)[:, 0])
         place, scale, df = network.decode(z[chosen, torch.arange(len(x), device=z.device)])
-        return cell_draw_t(place, scale, df, network.layout, noise).view(x.shape)
+        return network.keep_constants(cell_draw_t(place, scale, df, network.layout, noise)).view(x.shape)
 
     def _log_prob(self, network, x, observed) -> Tensor:
         log_weights, _, _ = self._weigh(network, x, observed, SharedNoise(self.seed_, 0, x.device))
