@@ -23,6 +23,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "EMFlowImputer": "flows.emflow",
     "GAINImputer": "gans.gain",
     "MisGANImputer": "gans.misgan",
+    "MIWAEImputer": "vaes.miwae",
     "VAEACImputer": "vaes.vaeac",
 }
 __all__ = sorted(_HOME)

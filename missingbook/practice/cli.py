@@ -473,6 +473,8 @@ METHODS = {
     "gain-vaeac": Method("gans.gain.GAINImputer", "the same; VAEAC, appendix A.4", "tables, small images",
                          "as gain, with VAEAC's hint, loss and weight", draws=True, saved=True,
                          preset=(("alpha", 10.0), ("hint_rate", 0.01), ("loss", "vaeac"))),
+    "miwae": Method("vaes.miwae.MIWAEImputer", "Mattei & Frellsen 2019", "tables, small images",
+                    "thousands of rows with curves between columns; draws, and a density besides", draws=True, saved=True),
     "vaeac": Method("vaes.vaeac.VAEACImputer", "Ivanov, Figurnov & Vetrov 2019", "tables, images",
                     "mixed tables and images: draws of what is missing, from one model for every set of seen cells", draws=True,
                     saved=True),
