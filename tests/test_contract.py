@@ -36,6 +36,7 @@ from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
 from missingbook.gans.gain import GAINImputer
 from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
+from missingbook.vaes.gsnn import GSNNImputer
 from missingbook.vaes.vaeac import VAEACImputer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generator collapsed")  # a few steps of a GAN, and it says so
@@ -55,7 +56,9 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -63,7 +66,9 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
