@@ -106,7 +106,8 @@ def main() -> None:
     PATH.parent.mkdir(exist_ok=True)
     pictures = dict(np.load(PATH.with_suffix(".npz"))) if PATH.with_suffix(".npz").exists() else {}
     pictures.pop("centres", None)
-    runs = json.loads(PATH.read_text())["runs"] if PATH.exists() else []
+    before = json.loads(PATH.read_text()) if PATH.exists() else {"runs": []}
+    runs = [{"epochs": before["settings"]["epochs"], **r} for r in before["runs"]]
     for seed in args.seeds:
         source = Noise(seed, CPU)
         centres = source.normal(8, 2)
@@ -115,8 +116,8 @@ def main() -> None:
             begun = time.process_time()
             network = train(x, alpha, seed, args)
             seconds, (shares, kept) = time.process_time() - begun, modes(network, fresh, centres, Noise(2, CPU))
-            facts = {"seed": seed, "alpha": alpha, "cpu_seconds": round(seconds, 1), "share_of_epochs": SHARE[alpha],
-                     "modes": shares, **scores(network, fresh, centres, Noise(1, CPU))}
+            facts = {"seed": seed, "alpha": alpha, "cpu_seconds": round(seconds, 1), "epochs": args.epochs,
+                     "share_of_epochs": SHARE[alpha], "modes": shares, **scores(network, fresh, centres, Noise(1, CPU))}
             if seed == 0:
                 pictures |= {f"{alpha:g} {name}": v for name, v in kept.items()}
                 np.savez_compressed(PATH.with_suffix(".npz"), centres=centres.numpy(), **pictures)
