@@ -147,8 +147,8 @@ class GSNNImputer(VAEACImputer):
             network.deterministic = self.deterministic
         return network
 
-    def _bound(self, *batch: Tensor) -> Tensor:
-        return hybrid_bound(*batch, alpha=self.alpha)
+    def _bound(self, network: VAEAC, *batch: Tensor) -> Tensor:
+        return hybrid_bound(network, *batch, alpha=self.alpha)
 
     def _complete_with(self, network: VAEAC, x: Tensor, observed: Tensor, noises: list[Noise], mean: bool) -> Tensor:
         return super()._complete_with(network, x, observed, noises, mean or self.deterministic)
