@@ -25,6 +25,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "MisGANImputer": "gans.misgan",
     "MIWAEImputer": "vaes.miwae",
     "VAEACImputer": "vaes.vaeac",
+    "GSNNImputer": "vaes.gsnn",
 }
 __all__ = sorted(_HOME)
 

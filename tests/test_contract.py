@@ -36,6 +36,7 @@ from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
 from missingbook.gans.gain import GAINImputer
 from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
+from missingbook.vaes.gsnn import GSNNImputer
 from missingbook.vaes.miwae import MIWAEImputer
 from missingbook.vaes.vaeac import VAEACImputer
 
@@ -58,7 +59,9 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -67,7 +70,9 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
@@ -102,9 +107,8 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (
-    AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, MCFlowImputer, MIWAEImputer, PRFlowImputer, VAEACImputer,
-)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MCFlowImputer, MIWAEImputer,
+        PRFlowImputer, VAEACImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

@@ -481,6 +481,12 @@ METHODS = {
     "vaeac-paper": Method("vaes.vaeac.VAEACImputer", "the same, appendix A.2", "tables, images",
                           "comparing with the paper: noise of one standard deviation that draws leave out", draws=True, saved=True,
                           preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
+    "gsnn": Method("vaes.gsnn.GSNNImputer", "Sohn, Lee & Yan 2015; VAEAC, appendix C", "tables, images",
+                   "comparing with vaeac-paper, which has a proposal; its draws blur where several answers are plausible", draws=True,
+                   saved=True, preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
+    "nn": Method("vaes.gsnn.GSNNImputer", "VAEAC, appendix D.2", "tables, images",
+                 "as gsnn, without noise: one network from what is seen to every cell, and one answer", saved=True,
+                 preset=(("deterministic", True), ("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 1))),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
