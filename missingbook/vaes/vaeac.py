@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -270,16 +271,17 @@ def prior_regularizer(
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000030
 def vaeac_bound(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], seen: Bool[Tensor, "n width"],
-    eps: Float[Tensor, "n latent"],
+    eps: Float[Tensor, "n latent"], weight: Float[Tensor, " n"] | float = 1.0,
 ) -> Float[Tensor, " n"]:
     """L_VAEAC (eq. 6), one draw of z a row, with the regularizer of eq. 8: a lower bound of log p(x_b | x_{1−b}, b).
 
-    seen: 1 − b; observed: the cells whose value is known. eps: standard normal."""
+    seen: 1 − b; observed: the cells whose value is known. eps: standard normal. weight: of the divergence, below 1 while
+    training warms up."""
     mean_q, sigma_q = network.propose(x, seen, observed)
     mean_p, sigma_p, memory = network.recall(x, seen)
     output, sigma = network.generate(reparameterize(mean_q, sigma_q, eps), memory)
     log_p = reconstruction(output, x, observed & ~seen, network.layout, sigma)
-    return elbo(log_p, normal_kl(mean_q, sigma_q, mean_p, sigma_p)) + prior_regularizer(mean_p, sigma_p)
+    return elbo(log_p, weight * normal_kl(mean_q, sigma_q, mean_p, sigma_p)) + prior_regularizer(mean_p, sigma_p)
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000031
 def log_weights(
@@ -312,15 +314,16 @@ def train_vaeac(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 100, batch_size: int = 64,
     learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, min_steps: int = 50,
-    bound: Callable = vaeac_bound, score: Callable = importance_score,
+    warm_up: int = 0, bound: Callable = vaeac_bound, score: Callable = importance_score,
 ) -> None:
     """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
 
-    An epoch is as many passes over the rows as make min_steps steps, one at least."""
+    An epoch is as many passes over the rows as make min_steps steps, one at least. warm_up: epochs in which the weight of
+    the divergence rises to 1; the bound must take it."""
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = (tuple(t[rows] for t in (x, observed)) for rows in (order[:n_judge], order[n_judge:]))
-    times = math.ceil(500 / max(n_judge, 1))  # few rows are asked again, with other cells hidden
+    times = math.ceil(500 / max(n_judge, 1)) if network.layout.width < 100 else 1  # few rows: asked again, other cells hidden
     judge = tuple(t.to(run.device).repeat(times, 1) for t in judge)
     shown = hide(judge[1], run.noise)
     run.stopping.patience = run.stopping.patience if n_judge else None  # nobody judges: all epochs
@@ -328,10 +331,11 @@ def train_vaeac(
     run.keep(network=network, optimizer=optimizer)
     step = run.stepper(lambda *batch: {"loss": -bound(network, *batch).mean()}, optimizer)
     passes = math.ceil(min_steps / math.ceil(len(learn[0]) / batch_size))
-    for _ in run.epochs(max_epochs):
+    for epoch in run.epochs(max_epochs):
         for x_batch, observed_batch in (b for _ in range(passes) for b in run.batches(*learn, batch_size=batch_size)):
-            seen = hide(observed_batch, run.noise)
-            run.log(**step(x_batch, observed_batch, seen, run.noise.normal(len(x_batch), network.latent)))
+            seen, eps = hide(observed_batch, run.noise), run.noise.normal(len(x_batch), network.latent)
+            weight = (torch.full_like(eps[:, 0], min((epoch + 1) / warm_up, 1.0)),) if warm_up else ()
+            run.log(**step(x_batch, observed_batch, seen, eps, *weight))
         if n_judge:
             value = score(network, *judge, shown, run.noise)
             run.log(validation=value)
@@ -342,13 +346,15 @@ class _VAEACNetwork:
     """How an estimator's parameters become networks and masks."""
 
     def _check_images(self, table: bool) -> None:
-        if self.pattern is not None and self.pattern not in _PATTERNS:
+        if self.pattern is not None and (not isinstance(self.pattern, str) or self.pattern not in _PATTERNS):
             raise ValueError(f"pattern={self.pattern!r}: it is None or one of {', '.join(_PATTERNS)}")
         if self.pattern is not None and table:
             raise ValueError(f"pattern={self.pattern!r} is for images; leave it at None for a table")
         if self.pixels not in ("gaussian", "bernoulli"):
             raise ValueError(f"pixels={self.pixels!r}: it is 'gaussian' or 'bernoulli'")
-        if not all(isinstance(c, int) and c > 0 for c in self.channels):
+        if not isinstance(self.cell_noise, bool):
+            raise ValueError(f"cell_noise={self.cell_noise!r}: it is True or False")
+        if not isinstance(self.channels, tuple | list) or not all(type(c) is int and c > 0 for c in self.channels):
             raise ValueError(f"channels={self.channels!r}: use whole numbers above 0, finest stage first, such as (16, 32, 64)")
 
     def _images(self) -> bool:
@@ -430,7 +436,8 @@ class _VAEACDensity(_VAEACFill):
         eps = torch.randn((self.n_importance, 1, self.latent), generator=torch.Generator().manual_seed(self.seed_))
 
         def value(network: VAEAC, x: Tensor, observed: Tensor, seen: Tensor) -> Tensor:
-            return reduce(log_weights(network, x, observed, seen, eps.to(x.device)).double())
+            weights = log_weights(network, x, observed, seen, eps.to(x.device)).double()
+            return reduce(torch.where((observed & ~seen).any(1), weights, 0.0))  # of nothing, the probability is 1
 
         rows = tuple(t.flatten(1) for t in (x, observed, seen))
         if not x.numel():
@@ -462,9 +469,11 @@ def _only(X: Any, given: Any) -> Any:
     """X with every cell hidden that is not given."""
     if np.shape(given) != np.shape(X):
         raise ValueError(f"given has the shape {np.shape(given)}, X {np.shape(X)}: mark every cell of X with True or False")
-    if np.ndim(X) == 2:
-        return hide(X, given)
-    return np.where(np.asarray(given, dtype=bool), np.asarray(X, dtype="float64"), np.nan)
+    if np.asarray(given).dtype != bool:
+        raise ValueError("given must hold True and False alone: True for the cells to condition on")
+    if isinstance(given, pd.DataFrame) and not (given.index.equals(X.index) and given.columns.equals(X.columns)):
+        raise ValueError("given must have the index and the columns of X, in the same order")
+    return hide(X, given) if np.ndim(X) == 2 else np.where(np.asarray(given), np.asarray(X, dtype="float64"), np.nan)
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000043
 class VAEACImputer(_VAEACDensity, DeepImputer):
@@ -474,25 +483,26 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
     "line", "rectangle", "half" or "centre" in place of cells. sigma: standard deviation of numbers given z, None: learned;
     cell_noise: False leaves it out of draws (the paper's protocol: sigma=1, hide_rate=.2, cell_noise=False). hidden, depth,
     latent: of perceptrons; channels, blocks: of an image network's stages, channels=() for perceptrons. pixels:
-    "gaussian", or "bernoulli" for black and white. validation_fraction: rows that judge the epochs; without any, all
-    max_epochs run. An epoch has min_steps steps or more. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
+    "gaussian", or "bernoulli" for black and white (grey counts as a probability of white). validation_fraction: rows that judge the epochs; without any, all
+    max_epochs run. An epoch has min_steps steps or more; warm_up: epochs in which the weight of the
+    divergence rises to 1, against a z that is never used. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {
-        "hide_rate": (0.0, 1.0), "sigma": (1e-3, 1e3), "hidden": (1, math.inf), "depth": (1, math.inf),
+        "hide_rate": (1e-3, 1.0), "sigma": (1e-3, 1e3), "hidden": (1, math.inf), "depth": (1, math.inf),
         "latent": (1, math.inf), "blocks": (0, math.inf), "validation_fraction": (0.0, 0.9), "n_importance": (1, math.inf),
-        "min_steps": (1, math.inf)}
+        "min_steps": (1, math.inf), "warm_up": (0, math.inf)}
     _optional = (*DeepImputer._optional, "hide_rate", "sigma")
     _bound, _score = staticmethod(vaeac_bound), staticmethod(importance_score)
 
     def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=128, depth=3, latent=64,
                  channels=(16, 32, 64, 64), blocks=2, pixels="gaussian", validation_fraction=0.25, n_importance=100,
-                 min_steps=50, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
+                 min_steps=50, warm_up=0, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
         self.hide_rate, self.pattern, self.sigma, self.cell_noise = hide_rate, pattern, sigma, cell_noise
         self.hidden, self.depth, self.latent, self.channels, self.blocks = hidden, depth, latent, channels, blocks
         self.pixels, self.validation_fraction, self.n_importance = pixels, validation_fraction, n_importance
-        self.min_steps = min_steps
+        self.min_steps, self.warm_up = min_steps, warm_up
 
     def fit(self, X, y=None):
         """As in `DeepImputer`; besides, ValueError for a pattern, pixels or channels that are none, and a pattern for a table."""
@@ -501,4 +511,4 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
 
     def _train(self, network, x, observed, run) -> None:
         train_vaeac(network, x.flatten(1), observed.flatten(1), run, self._hide, self.max_epochs, self.batch_size,
-                    self.learning_rate, self.validation_fraction, self.min_steps, self._bound, self._score)
+                    self.learning_rate, self.validation_fraction, self.min_steps, self.warm_up, self._bound, self._score)
