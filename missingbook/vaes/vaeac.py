@@ -280,11 +280,13 @@ def importance_score(
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000033
 def train_vaeac(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
-    hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 200, batch_size: int = 64,
-    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25,
+    hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 100, batch_size: int = 64,
+    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, min_steps: int = 100,
     bound: Callable = vaeac_bound, score: Callable = importance_score,
 ) -> None:
-    """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays."""
+    """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
+
+    An epoch is as many passes over the rows as make min_steps steps, one at least."""
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = (tuple(t[rows] for t in (x, observed)) for rows in (order[:n_judge], order[n_judge:]))
@@ -294,8 +296,9 @@ def train_vaeac(
     optimizer = run.adam(network, learning_rate)
     run.keep(network=network, optimizer=optimizer)
     step = run.stepper(lambda *batch: {"loss": -bound(network, *batch).mean()}, optimizer)
+    passes = math.ceil(min_steps / math.ceil(len(learn[0]) / batch_size))
     for _ in run.epochs(max_epochs):
-        for x_batch, observed_batch in run.batches(*learn, batch_size=batch_size):
+        for x_batch, observed_batch in (b for _ in range(passes) for b in run.batches(*learn, batch_size=batch_size)):
             seen = hide(observed_batch, run.noise)
             run.log(**step(x_batch, observed_batch, seen, run.noise.normal(len(x_batch), network.latent)))
         if n_judge:
@@ -428,22 +431,24 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
     cell_noise: False leaves it out of draws (the paper's protocol: sigma=1, hide_rate=.2, cell_noise=False). hidden, depth,
     latent: of perceptrons; channels, blocks: of an image network's stages, channels=() for perceptrons. pixels:
     "gaussian", or "bernoulli" for black and white. validation_fraction: rows that judge the epochs; without any, all
-    max_epochs run. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
+    max_epochs run. An epoch has min_steps steps or more. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {
         "hide_rate": (0.0, 1.0), "sigma": (1e-3, 1e3), "hidden": (1, math.inf), "depth": (1, math.inf),
-        "latent": (1, math.inf), "blocks": (0, math.inf), "validation_fraction": (0.0, 0.9), "n_importance": (1, math.inf)}
+        "latent": (1, math.inf), "blocks": (0, math.inf), "validation_fraction": (0.0, 0.9), "n_importance": (1, math.inf),
+        "min_steps": (1, math.inf)}
     _optional = (*DeepImputer._optional, "hide_rate", "sigma")
     _bound, _score = staticmethod(vaeac_bound), staticmethod(importance_score)
 
     def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=256, depth=3, latent=64,
                  channels=(16, 32, 64, 64), blocks=2, pixels="gaussian", validation_fraction=0.25, n_importance=100,
-                 max_epochs=200, batch_size=64, learning_rate=1e-3, patience=30, **common):
+                 min_steps=100, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
         self.hide_rate, self.pattern, self.sigma, self.cell_noise = hide_rate, pattern, sigma, cell_noise
         self.hidden, self.depth, self.latent, self.channels, self.blocks = hidden, depth, latent, channels, blocks
         self.pixels, self.validation_fraction, self.n_importance = pixels, validation_fraction, n_importance
+        self.min_steps = min_steps
 
     def fit(self, X, y=None):
         """As in `DeepImputer`; besides, ValueError for a pattern or pixels that are none, and a pattern for a table."""
@@ -459,4 +464,4 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
 
     def _train(self, network, x, observed, run) -> None:
         train_vaeac(network, x.flatten(1), observed.flatten(1), run, self._hide, self.max_epochs, self.batch_size,
-                    self.learning_rate, self.validation_fraction, self._bound, self._score)
+                    self.learning_rate, self.validation_fraction, self.min_steps, self._bound, self._score)
