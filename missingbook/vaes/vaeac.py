@@ -95,7 +95,7 @@ class TableNetworks(nn.Module):
 
     Concatenating a memory m before a linear layer is adding V m after it; V m does not depend on z, so it is computed once."""
 
-    def __init__(self, width: int, n_out: int, hidden: int = 256, depth: int = 3, latent: int = 64):
+    def __init__(self, width: int, n_out: int, hidden: int = 128, depth: int = 3, latent: int = 64):
         super().__init__()
         self.first_q, self.first_p, self.first_g = (nn.Linear(n, hidden) for n in (3 * width, 2 * width, latent))
         self.layers_q, self.layers_p, self.layers_g = (
@@ -281,7 +281,7 @@ def importance_score(
 def train_vaeac(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 100, batch_size: int = 64,
-    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, min_steps: int = 100,
+    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, min_steps: int = 50,
     bound: Callable = vaeac_bound, score: Callable = importance_score,
 ) -> None:
     """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
@@ -290,7 +290,8 @@ def train_vaeac(
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = (tuple(t[rows] for t in (x, observed)) for rows in (order[:n_judge], order[n_judge:]))
-    judge = tuple(t.to(run.device) for t in judge)
+    times = math.ceil(500 / max(n_judge, 1))  # few rows are asked again, with other cells hidden
+    judge = tuple(t.to(run.device).repeat(times, 1) for t in judge)
     shown = hide(judge[1], run.noise)
     run.stopping.patience = run.stopping.patience if n_judge else None  # nobody judges: all epochs
     optimizer = run.adam(network, learning_rate)
@@ -441,9 +442,9 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
     _optional = (*DeepImputer._optional, "hide_rate", "sigma")
     _bound, _score = staticmethod(vaeac_bound), staticmethod(importance_score)
 
-    def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=256, depth=3, latent=64,
+    def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=128, depth=3, latent=64,
                  channels=(16, 32, 64, 64), blocks=2, pixels="gaussian", validation_fraction=0.25, n_importance=100,
-                 min_steps=100, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
+                 min_steps=50, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
         self.hide_rate, self.pattern, self.sigma, self.cell_noise = hide_rate, pattern, sigma, cell_noise
         self.hidden, self.depth, self.latent, self.channels, self.blocks = hidden, depth, latent, channels, blocks
