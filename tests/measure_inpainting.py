@@ -215,7 +215,7 @@ def climb(args: argparse.Namespace, x: Tensor, bound: Callable, seed: int) -> tu
 
 def measure_speed(args: argparse.Namespace) -> None:
     """Appendix D.1: bounds over iterations, and what an iteration costs; the two take turns."""
-    x, found = digits("train")[: 400 * args.batch_size], []
+    x, found = digits("train")[: 300 * args.batch_size], []
     for seed in range(args.repeats):
         for name, bound in (("vae", vae_bound), ("vaeac", vaeac_bound)):
             curve, seconds = climb(args, x, bound, seed)
