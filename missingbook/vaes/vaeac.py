@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..foundations.autoencoder import hide_more
 from missingbook.foundations.imputer import (
-    DeepImputer, ImageEncoder, Layout, cell_draw, cell_log_prob, cell_mean, layout_of,
+    DeepImputer, ImageEncoder, Layout, _as_given, cell_draw, cell_log_prob, cell_mean, layout_of,
 )
 from ..foundations.masks import centre_hidden, half_hidden, line_observed, rectangle_hidden
 from ..foundations.mechanisms import hide
@@ -467,6 +467,7 @@ class _VAEACDensity(_VAEACFill):
 
 def _only(X: Any, given: Any) -> Any:
     """X with every cell hidden that is not given."""
+    X, given = _as_given(X), _as_given(given)
     if np.shape(given) != np.shape(X):
         raise ValueError(f"given has the shape {np.shape(given)}, X {np.shape(X)}: mark every cell of X with True or False")
     if np.asarray(given).dtype != bool:
