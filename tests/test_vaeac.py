@@ -2,8 +2,10 @@
 
 A mutation is a copy of the module, without the hook that checks shapes, with a piece of its source replaced."""
 
+import contextlib
 import itertools
 import math
+import re
 import warnings
 
 import numpy as np
@@ -22,7 +24,7 @@ from missingbook.foundations.training import Noise, TrainingDiverged, TrainingRu
 from missingbook.practice.pooling import impute_many, linear_regression, regress_each
 from missingbook.vaes import vaeac
 from missingbook.vaes.vae import effective_sample_size, importance_weighted_bound, reparameterize
-from missingbook.vaes.vaeac import VAEACImputer
+from missingbook.vaes.vaeac import VAEACImputer, hide_cells
 
 CPU = torch.device("cpu")
 SMALL = dict(
@@ -350,9 +352,9 @@ def check_no_peek_inside(module):
 @pytest.mark.parametrize(
     "edit",
     [
-        ("[torch.where(seen, x, 0.0), seen.to(x.dtype)], 1)", "[x, seen.to(x.dtype)], 1)"),
-        ("[torch.where(observed, x, 0.0), seen", "[x, seen"),
-        ("[torch.where(observed, x, 0.0), seen", "[torch.where(seen, x, 0.0), seen"),
+        ("[soften(torch.where(seen, x, 0.0)), seen.to(x.dtype)], 1)", "[x, seen.to(x.dtype)], 1)"),
+        ("[soften(torch.where(observed, x, 0.0)), seen", "[x, seen"),
+        ("[soften(torch.where(observed, x, 0.0)), seen", "[torch.where(seen, x, 0.0), seen"),
         ("seen.to(x.dtype), observed.to(x.dtype)], 1)", "seen.to(x.dtype), seen.to(x.dtype)], 1)"),
         ("output, x, observed & ~seen, network.layout", "output, x, ~seen, network.layout"),
         ("reparameterize(mean_q, sigma_q, eps), observed & ~seen", "reparameterize(mean_q, sigma_q, eps), ~seen"),
@@ -393,7 +395,7 @@ class Known(nn.Module):
 
 def known(module, wide, n=60):
     """(network, pairs, observed, seen, log p(x₂ | x₁)) of the two-number model."""
-    pair = torch.randn(n, 2, generator=seed())
+    pair = torch.randn(n, 2, generator=seed()).clamp(-3, 3)  # what lies farther out is softened
     shown, both = torch.tensor([[True, False]]).expand(n, 2), torch.ones(n, 2, dtype=torch.bool)
     exact = torch.from_numpy(norm.logpdf(pair[:, 1], 0.8 * pair[:, 0], math.sqrt(0.61))).float()
     return module.VAEAC(Layout(2, (0, 1)), Known(wide), 1, sigma=0.5), pair, both, shown, exact
@@ -548,8 +550,8 @@ def check_training(module):
         ("run.watch(value)", "pass"),
         ("run.batches(*learn, ", "run.batches(x, observed, "),
         (
-            "seen = hide(observed_batch, run.noise)",
-            "seen = observed_batch & hide(torch.ones_like(observed_batch), Noise(0, run.device))",
+            "seen, eps = hide(observed_batch, run.noise),",
+            "seen, eps = observed_batch & hide(torch.ones_like(observed_batch), Noise(0, run.device)),",
         ),
         ('"loss": -bound(', '"loss": 0 * bound('),
         ("run.stopping.patience if n_judge else None", "run.stopping.patience if n_judge else 0"),
@@ -900,8 +902,8 @@ def check_bernoulli(module):
             'Layout(len(cells), cells) if self.pixels == "x"',
         ),
         (
-            "reduce(log_weights(network, x, observed, seen, eps.to(x.device)).double())",
-            "reduce(log_weights(network, x, observed, seen, 2 * eps.to(x.device)).double())",
+            "log_weights(network, x, observed, seen, eps.to(x.device))",
+            "log_weights(network, x, observed, seen, 2 * eps.to(x.device))",
         ),
     ],
 )
@@ -1088,3 +1090,96 @@ def test_ordinary_use_warns_of_nothing():
         "patience" in words
         for words in said(copy_of(vaeac, ("run.stopping.patience if n_judge else None", "run.stopping.patience")))
     )
+
+
+def check_soften(module):
+    x = torch.tensor([-1e4, -4.0, -3.0, -0.5, 0.0, 2.9, 3.0, 3.5, 1e4])
+    shown = module.soften(x)
+    assert torch.equal(shown[2:7], x[2:7]) and (shown.diff() > 0).all() and shown.abs().max() < 4
+    assert torch.allclose(shown[[1, 7]], torch.tensor([-3.5, 3 + 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("x.clamp(-to, to) + x.sign() * beyond / (1 + beyond)", "x"),
+        ("x.sign() * beyond / (1 + beyond)", "beyond / (1 + beyond)"),
+        ("beyond / (1 + beyond)", "beyond.log1p()"),
+    ],
+)
+def test_soften(edit):
+    """Mutations: nothing is softened; the lower tail is bent upwards; the tail has no end."""
+    mutant_fails(check_soften, edit)
+
+
+def check_warm_up(module):
+    """The weight of the divergence : one half in the first epoch of two, then 1; none is passed without a warm-up."""
+    weights = []
+
+    def bound(network, x, observed, seen, eps, weight=None):
+        weights.append(None if weight is None else weight.unique().tolist())
+        return module.vaeac_bound(network, x, observed, seen, eps, *([] if weight is None else [weight]))
+
+    x, observed = torch.randn(40, 3, generator=seed()), torch.ones(40, 3, dtype=torch.bool)
+    for warm_up, expected in ((2, [[0.5], [1.0], [1.0]]), (0, [None] * 3)):
+        weights.clear()
+        with seeded(0, CPU):
+            network = module.VAEAC(Layout(3, (0, 1, 2)), module.TableNetworks(3, 6, 8, 1, 2), 2)
+        run = TrainingRun(0, "cpu", verbose=False)
+        hidden = lambda o, noise: hide_cells(o, Layout(3, (0, 1, 2)), 0.5, noise)  # noqa: E731
+        module.train_vaeac(network, x, observed, run, hidden, 3, 40, 1e-3, 0.0, 1, bound, warm_up=warm_up)
+        assert weights == expected
+    eps, seen = torch.randn(40, 2, generator=seed(1)), observed & (torch.arange(3) < 1)
+    free, half, full = (module.vaeac_bound(network, x, observed, seen, eps, w) for w in (0.0, 0.5, 1.0))
+    assert torch.allclose(half, (free + full) / 2, atol=1e-5) and not torch.allclose(free, full, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        ("min((epoch + 1) / warm_up, 1.0)", "(epoch + 1) / warm_up"),
+        ("weight * normal_kl(", "normal_kl("),
+        ("if warm_up else ()", "if not warm_up else ()"),
+    ],
+)
+def test_warm_up(edit):
+    """Mutations: the weight goes on rising; nothing is weighted; the wrong way round."""
+    with contextlib.suppress(ZeroDivisionError):
+        mutant_fails(check_warm_up, edit)
+
+
+def test_of_nothing_the_probability_is_one():
+    """Mutation: Monte Carlo error where there is nothing to estimate."""
+    x = np.random.default_rng(0).normal(size=(40, 3))
+    x[0] = np.nan
+    model = VAEACImputer(**SMALL).fit(x)
+    assert (model.log_prob(x, np.ones((40, 3), bool)) == 0).all() and model.log_prob(x)[0] == 0
+    assert np.allclose(model.effective_sample_size(x)[0], model.n_importance)
+    loud = copy_of(vaeac, ("torch.where((observed & ~seen).any(1), weights, 0.0)", "weights"))
+    assert (loud.VAEACImputer(**SMALL).fit(x).log_prob(x, np.ones((40, 3), bool)) != 0).any()
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (dict(channels=16), "channels=16"),
+        (dict(channels=None), "channels=None"),
+        (dict(channels=(True,)), "channels="),
+        (dict(pattern=["half"]), "pattern="),
+        (dict(cell_noise="no"), "cell_noise='no'"),
+        (dict(hide_rate=0.0), "hide_rate=0.0"),
+    ],
+)
+def test_wrong_types_are_named(own, words):
+    """Mutation: a bare TypeError from the inside."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        VAEACImputer(**(SMALL | own)).fit(np.random.default_rng(0).normal(size=(20, 3)))
+
+
+def test_given_is_named_where_it_is_wrong():
+    """Mutation: a complaint about `observed`, which the user never passed."""
+    frame = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 3)), columns=list("abc"))
+    model, given = VAEACImputer(**SMALL).fit(frame), pd.DataFrame(True, frame.index, frame.columns)
+    for wrong in (given[["b", "a", "c"]], given.astype(float), given.iloc[:, :2]):
+        with pytest.raises(ValueError, match="^given"):
+            model.log_prob(frame, wrong)

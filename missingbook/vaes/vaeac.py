@@ -314,7 +314,7 @@ def train_vaeac(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 100, batch_size: int = 64,
     learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, min_steps: int = 50,
-    warm_up: int = 0, bound: Callable = vaeac_bound, score: Callable = importance_score,
+    bound: Callable = vaeac_bound, score: Callable = importance_score, warm_up: int = 0,
 ) -> None:
     """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
 
@@ -512,4 +512,4 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
 
     def _train(self, network, x, observed, run) -> None:
         train_vaeac(network, x.flatten(1), observed.flatten(1), run, self._hide, self.max_epochs, self.batch_size,
-                    self.learning_rate, self.validation_fraction, self.min_steps, self.warm_up, self._bound, self._score)
+                    self.learning_rate, self.validation_fraction, self.min_steps, self._bound, self._score, self.warm_up)
