@@ -24,6 +24,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "GAINImputer": "gans.gain",
     "MisGANImputer": "gans.misgan",
     "VAEACImputer": "vaes.vaeac",
+    "MarginalizerImputer": "vaes.marginalizer",
 }
 __all__ = sorted(_HOME)
 

@@ -36,6 +36,7 @@ from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
 from missingbook.gans.gain import GAINImputer
 from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
+from missingbook.vaes.marginalizer import MarginalizerImputer
 from missingbook.vaes.vaeac import VAEACImputer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generator collapsed")  # a few steps of a GAN, and it says so
@@ -47,6 +48,7 @@ SMALL_FLOW = SMALL | dict(latent_hidden=16, n_couplings=2)
 SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
 SMALL_GAIN = SMALL | dict(min_steps=8)
 SMALL_VAEAC = SMALL | dict(depth=2, latent=4, channels=(4, 8), blocks=1)
+SMALL_MARGINALIZER = SMALL | dict(depth=1, n_orders=2)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
 TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -55,7 +57,8 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -63,7 +66,8 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
-          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own))}
+          "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
@@ -98,7 +102,8 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, MCFlowImputer, PRFlowImputer, VAEACImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, MarginalizerImputer, MCFlowImputer,
+        PRFlowImputer, VAEACImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

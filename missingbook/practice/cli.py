@@ -479,6 +479,9 @@ METHODS = {
     "vaeac-paper": Method("vaes.vaeac.VAEACImputer", "the same, appendix A.2", "tables, images",
                           "comparing with the paper: noise of one standard deviation that draws leave out", draws=True, saved=True,
                           preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
+    "marginalizer": Method("vaes.marginalizer.MarginalizerImputer", "Douglas et al. 2017; VAEAC, section 5.3", "tables, small images",
+                           "columns that hang on a few others, a density besides; draws cost a pass for every hidden column",
+                           draws=True, saved=True),
 }
 
 # %% ../../nbs/06_practice/03_cli.ipynb #3579b9e6
