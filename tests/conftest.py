@@ -19,7 +19,8 @@ if "MISSINGBOOK_DATA" not in os.environ and _DATA.is_dir():
     os.environ["MISSINGBOOK_DATA"] = str(_DATA)
 
 # every module but those of practice, whose functions are pickled into worker processes
-_wings = ["missingbook.foundations", "missingbook.gaussian", "missingbook.flows", "missingbook.gans"]
+_wings = ["missingbook.foundations", "missingbook.gaussian", "missingbook.flows", "missingbook.gans",
+          "missingbook.vaes"]
 _hook = install_import_hook(_wings, "beartype.beartype")
 
 
