@@ -427,7 +427,7 @@ def test_fills_beat_the_mean():
 @pytest.mark.parametrize("own, words", [
     ({"hide_rate": 1.5}, "hide_rate=1.5"), ({"hide_rate": -0.1}, "hide_rate=-0.1"),
     ({"pattern": "star"}, "line, half"),
-    ({"pattern": "line"}, "is for images"), ({"weighting": "mean"}, "'chain' or 'sum'"),
+    ({"pattern": "line"}, "is for images"), ({"weighting": "mean"}, "'sum' or 'chain'"),
     ({"pixels": "red"}, "'bernoulli'"),
     ({"hidden": 0}, "hidden"), ({"depth": -1}, "depth"), ({"n_orders": 0}, "n_orders"),
     ({"validation_fraction": 1.0}, "validation_fraction"),

@@ -148,9 +148,9 @@ def chain_weight(
 # %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000020
 def request_loss(
     network: nn.Module, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], shown: Bool[Tensor, "n width"],
-    seen: Bool[Tensor, "n width"], weighting: str = "chain",
+    seen: Bool[Tensor, "n width"], weighting: str = "sum",
 ) -> Float[Tensor, ""]:
-    """`marginalizer_loss` of one request a row; shown: 1 − b_0, seen: 1 − b. weighting "chain" or "sum" (eq. 10 as printed)."""
+    """`marginalizer_loss` of one request a row; shown: 1 − b_0, seen: 1 − b. weighting "sum" (eq. 10 as printed) or "chain"."""
     (output, sigma), target = network(x, seen), observed & ~seen
     weight = chain_weight(observed & ~shown, target, network.layout) if weighting == "chain" else 1.0
     return marginalizer_loss(output, x, target, network.layout, sigma, weight)
@@ -159,7 +159,7 @@ def request_loss(
 def train_marginalizer(
     network: nn.Module, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 200, batch_size: int = 64,
-    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, weighting: str = "chain", thin: bool = True,
+    learning_rate: float | int = 1e-3, validation_fraction: float | int = 0.25, weighting: str = "sum", thin: bool = True,
 ) -> None:
     """Adam down `request_loss`; b_0 by `hide`, b anew in every step; the epoch that is best on rows set aside stays.
 
@@ -258,7 +258,7 @@ class MarginalizerImputer(_MarginalizerDensity):
 
     hide_rate: which cells are hidden before the chain begins, each with this probability; None: all, so that every number
     of seen cells is trained. pattern: of images, "line", "rectangle", "half" or "centre" in place of cells. weighting:
-    "chain" trains the chain rule's log p, "sum" is eq. 10 as printed. hidden, depth: of the perceptron. pixels: "gaussian",
+    "sum" is eq. 10 as printed, "chain" trains the chain rule's log p. hidden, depth: of the perceptron. pixels: "gaussian",
     or "bernoulli" for black and white. validation_fraction: rows that judge the epochs. n_orders: mixed by `log_prob`.
     `transform` takes the marginals' means in one pass (n_draws is not used); `sample` needs a pass for every hidden column.
     The rest: see `DeepImputer`."""
@@ -268,7 +268,7 @@ class MarginalizerImputer(_MarginalizerDensity):
                                      "validation_fraction": (0.0, 0.9), "n_orders": (1, math.inf)}
     _optional = (*DeepImputer._optional, "hide_rate")
 
-    def __init__(self, *, hide_rate=None, pattern=None, weighting="chain", hidden=256, depth=3, pixels="gaussian",
+    def __init__(self, *, hide_rate=None, pattern=None, weighting="sum", hidden=256, depth=3, pixels="gaussian",
                  validation_fraction=0.25, n_orders=4, max_epochs=200, batch_size=64, learning_rate=1e-3, patience=30, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
         self.hide_rate, self.pattern, self.weighting, self.hidden, self.depth = hide_rate, pattern, weighting, hidden, depth
@@ -280,7 +280,7 @@ class MarginalizerImputer(_MarginalizerDensity):
             raise ValueError(f"pattern={self.pattern!r}: it is None or one of {', '.join(_PATTERNS)}")
         if self.pattern is not None and getattr(X, "ndim", 2) == 2:
             raise ValueError(f"pattern={self.pattern!r} is for images; leave it at None for a table")
-        for name, words in (("pixels", ("gaussian", "bernoulli")), ("weighting", ("chain", "sum"))):
+        for name, words in (("pixels", ("gaussian", "bernoulli")), ("weighting", ("sum", "chain"))):
             if getattr(self, name) not in words:
                 raise ValueError(f"{name}={getattr(self, name)!r}: it is {words[0]!r} or {words[1]!r}")
         return super().fit(X, y)
