@@ -4,8 +4,8 @@
 
 Trained on 60,000 pictures (VAEAC, table 5). log p of the hidden pixels of test pictures given the line by the chain
 rule, in random orders. Seconds are CPU seconds on one thread: a VAEAC's time for draws does not depend on its weights,
-so that one with the same hidden layers, trained for one epoch on a few pictures, stands for it. --times-only measures the
-times anew, with a marginalizer trained as briefly, and leaves the rest of the record as it is.
+so that one with the same hidden layers, trained for one epoch on a few pictures, stands for it. --times-only measures
+the times anew, with a marginalizer trained as briefly, and leaves the rest of the record as it is.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def times_only(args: argparse.Namespace) -> None:
     """The times of the record, measured anew; its `times_commit` says with which code."""
     few, test = pictures("train", 256), pictures("test", 100)
     given = line_observed((len(test), 28, 28), 3, torch.Generator().manual_seed(0))[:, None].numpy()
-    imputer = MarginalizerImputer(hidden=args.hidden, depth=args.depth, max_epochs=1, validation_fraction=0.0, **SMALL).fit(few)
+    settings = dict(hidden=args.hidden, depth=args.depth, max_epochs=1, validation_fraction=0.0)
+    imputer = MarginalizerImputer(**settings, **SMALL).fit(few)
     facts = json.loads((FOLDER / "mnist.json").read_text())
     facts |= {"draw_times": draw_times(imputer, np.where(given, test, np.nan), few, args), "times_commit": BEGUN_AT}
     write_facts(FOLDER / "mnist.json", facts)
@@ -84,21 +85,29 @@ def times_only(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Train, score, time, write."""
+    args = arguments()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    times_only(args) if args.times_only else measure(args)
+
+
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {"epochs": 15, "hidden": 512, "depth": 2, "rows": 1000, "orders": 1, "train": 60_000}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--times-only", action="store_true")
     parser.add_argument("--weighting", default="sum")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.times_only:
-        return times_only(args)
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Train, score, time, write the whole record."""
     train, test = pictures("train", args.train), pictures("test", args.rows)
     given = line_observed((len(test), 28, 28), 3, torch.Generator().manual_seed(0))[:, None].numpy()
-    settings = dict(hidden=args.hidden, depth=args.depth, weighting=args.weighting, max_epochs=args.epochs, batch_size=256)
-    settings |= dict(validation_fraction=1 / 30)  # 2,000 pictures
+    settings = dict(hidden=args.hidden, depth=args.depth, weighting=args.weighting, max_epochs=args.epochs)
+    settings |= dict(batch_size=256, validation_fraction=1 / 30)  # 2,000 pictures
     begun = time.process_time()
     imputer = MarginalizerImputer(**settings, **SMALL).fit(train)
     trained = round(time.process_time() - begun, 1)
