@@ -23,7 +23,9 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "EMFlowImputer": "flows.emflow",
     "GAINImputer": "gans.gain",
     "MisGANImputer": "gans.misgan",
+    "MIWAEImputer": "vaes.miwae",
     "VAEACImputer": "vaes.vaeac",
+    "GSNNImputer": "vaes.gsnn",
     "MarginalizerImputer": "vaes.marginalizer",
 }
 __all__ = sorted(_HOME)

@@ -36,7 +36,9 @@ from missingbook.foundations.training import Noise, SharedNoise, TrainingRun
 from missingbook.gans.gain import GAINImputer
 from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
+from missingbook.vaes.gsnn import GSNNImputer
 from missingbook.vaes.marginalizer import MarginalizerImputer
+from missingbook.vaes.miwae import MIWAEImputer
 from missingbook.vaes.vaeac import VAEACImputer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generator collapsed")  # a few steps of a GAN, and it says so
@@ -47,6 +49,7 @@ SMALL = dict(max_epochs=4, n_draws=4, hidden=16, random_state=0, verbose=False)
 SMALL_FLOW = SMALL | dict(latent_hidden=16, n_couplings=2)
 SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
 SMALL_GAIN = SMALL | dict(min_steps=8)
+SMALL_MIWAE = SMALL | dict(min_steps=8, latent=3, n_samples=5, n_importance=20)
 SMALL_VAEAC = SMALL | dict(depth=2, latent=4, channels=(4, 8), blocks=1)
 SMALL_MARGINALIZER = SMALL | dict(depth=1, n_orders=2)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
@@ -57,17 +60,23 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
+          "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
-          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own))}
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
           "mcflow": lambda **own: MCFlowImputer(**(SMALL_FLOW | own)),
           "prflow": lambda **own: PRFlowImputer(**(SMALL_FLOW | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
+          "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
-          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own))}
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
+          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
@@ -102,8 +111,8 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, MarginalizerImputer, MCFlowImputer,
-        PRFlowImputer, VAEACImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MarginalizerImputer, MCFlowImputer,
+        MIWAEImputer, PRFlowImputer, VAEACImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

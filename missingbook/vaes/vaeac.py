@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['hide_cells', 'hide_pattern', 'SkipLayer', 'TableNetworks', 'ResidualBlock', 'Pyramid', 'Ascent', 'ImageNetworks',
-           'VAEAC', 'reconstruction', 'prior_regularizer', 'vaeac_bound', 'log_weights', 'importance_score',
+           'soften', 'VAEAC', 'reconstruction', 'prior_regularizer', 'vaeac_bound', 'log_weights', 'importance_score',
            'train_vaeac', 'VAEACImputer']
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000002
@@ -212,6 +212,12 @@ class ImageNetworks(nn.Module):
         """The pixels' parameters; z may have an axis of draws before that of rows."""
         return self.up(z, memory)[..., : self.shape[1], : self.shape[2]].reshape(*z.shape[:-1], -1)
 
+# %% ../../nbs/05_vaes/03_vaeac.ipynb #va000026
+def soften(x: Float[Tensor, "*n width"], to: float | int = 3.0) -> Float[Tensor, "*n width"]:
+    """What the networks are shown of a value: itself up to `to` standard deviations, beyond it less and less, `to` + 1 at most."""
+    beyond = (x.abs() - to).clamp(min=0)
+    return x.clamp(-to, to) + x.sign() * beyond / (1 + beyond)
+
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000024
 class VAEAC(nn.Module):
     """Prior p(z | seen), proposal q(z | all that is known), generative network p(cell | z, seen) (VAEAC, eq. 5).
@@ -228,13 +234,13 @@ class VAEAC(nn.Module):
     def propose(self, x: Float[Tensor, "n width"], seen: Bool[Tensor, "n width"], observed: Bool[Tensor, "n width"]
                 ) -> tuple[Float[Tensor, "n latent"], Float[Tensor, "n latent"]]:
         """Mean and standard deviation of q(z | x, b): it knows x, what is hidden of it, and what is missing."""
-        inputs = torch.cat([torch.where(observed, x, 0.0), seen.to(x.dtype), observed.to(x.dtype)], 1)
+        inputs = torch.cat([soften(torch.where(observed, x, 0.0)), seen.to(x.dtype), observed.to(x.dtype)], 1)
         return split_normal(self.networks.propose(inputs).float())
 
     def recall(self, x: Float[Tensor, "n width"], seen: Bool[Tensor, "n width"]
                ) -> tuple[Float[Tensor, "n latent"], Float[Tensor, "n latent"], list[Tensor]]:
         """Mean and standard deviation of p(z | x_{1−b}, b), and the memory of x_{1−b} and b for `generate`."""
-        parameters, memory = self.networks.recall(torch.cat([torch.where(seen, x, 0.0), seen.to(x.dtype)], 1))
+        parameters, memory = self.networks.recall(torch.cat([soften(torch.where(seen, x, 0.0)), seen.to(x.dtype)], 1))
         return *split_normal(parameters.float()), memory
 
     def generate(self, z: Float[Tensor, "*n latent"], memory: list[Tensor]
