@@ -111,8 +111,8 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MarginalizerImputer, MCFlowImputer,
-        MIWAEImputer, PRFlowImputer, VAEACImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MarginalizerImputer,
+        MCFlowImputer, MIWAEImputer, PRFlowImputer, VAEACImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 

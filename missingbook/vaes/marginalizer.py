@@ -155,7 +155,7 @@ def request_loss(
     weight = chain_weight(observed & ~shown, target, network.layout) if weighting == "chain" else 1.0
     return marginalizer_loss(output, x, target, network.layout, sigma, weight)
 
-
+# %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000021
 def train_marginalizer(
     network: nn.Module, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
     hide: Callable[[Bool[Tensor, "n width"], Noise], Bool[Tensor, "n width"]], max_epochs: int = 200, batch_size: int = 64,
