@@ -26,6 +26,7 @@ _HOME = {  # public name → the module that defines it; imported on first use, 
     "MIWAEImputer": "vaes.miwae",
     "VAEACImputer": "vaes.vaeac",
     "GSNNImputer": "vaes.gsnn",
+    "MarginalizerImputer": "vaes.marginalizer",
 }
 __all__ = sorted(_HOME)
 

@@ -37,6 +37,7 @@ from missingbook.gans.gain import GAINImputer
 from missingbook.gans.misgan import MisGANImputer
 from missingbook.gaussian.em import GaussianImputer
 from missingbook.vaes.gsnn import GSNNImputer
+from missingbook.vaes.marginalizer import MarginalizerImputer
 from missingbook.vaes.miwae import MIWAEImputer
 from missingbook.vaes.vaeac import VAEACImputer
 
@@ -50,6 +51,7 @@ SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
 SMALL_GAIN = SMALL | dict(min_steps=8)
 SMALL_MIWAE = SMALL | dict(min_steps=8, latent=3, n_samples=5, n_importance=20)
 SMALL_VAEAC = SMALL | dict(depth=2, latent=4, channels=(4, 8), blocks=1)
+SMALL_MARGINALIZER = SMALL | dict(depth=1, n_orders=2)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
 TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -60,6 +62,7 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
           "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
           "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
@@ -71,6 +74,7 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
+          "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
           "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
           "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
 QUICK = {
@@ -107,8 +111,8 @@ def holed(kind):
     return globals()[name]
 
 
-DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MCFlowImputer, MIWAEImputer,
-        PRFlowImputer, VAEACImputer)
+DEEP = (AutoencoderImputer, EMFlowImputer, GAINImputer, GaussianImputer, GSNNImputer, MarginalizerImputer,
+        MCFlowImputer, MIWAEImputer, PRFlowImputer, VAEACImputer)
 HOLED = {kind: holed(kind) for kind in (*DEEP, *CLASSICS.values())}
 
 
