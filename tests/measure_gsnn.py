@@ -5,7 +5,9 @@
 Eight equal parts N(centre, 0.01 I) in the plane, centres from N(0, I) by seed; 100,000 points; either coordinate is
 hidden with probability 1/2. Scores, in nats, are means over 5,000 fresh points and the four masks, each weighing 1/4:
 the mask that hides nothing counts 0, as in the expectation over p(b). It teaches nothing either and is left out of
-training: the other three come equally often. mixture.npz holds 500 draws by mask for pictures, of the first seed.
+training: the other three come equally often. A run replaces the one of its seed and weight, and runs of that seed with
+another recipe go: all weights of a seed get the same steps. Several processes may run side by side. mixture.npz has 500
+draws by mask, of seed 0.
 """
 
 import argparse
@@ -29,7 +31,6 @@ BEGUN_AT = commit()
 PATH = ROOT / "results" / "gsnn" / "mixture.json"
 LAYOUT, SIGMA, CPU = Layout(2, (0, 1)), 0.1, torch.device("cpu")
 ABOUT = {"sigma": SIGMA, "latent": 25, "device": "cpu", "threads": 1}
-SHARE = {1.0: 1.0, 0.99: 0.4, 0.9: 0.25}  # of the epochs: a hybrid's densities are wide, and it settles sooner
 MASKS = {"both hidden": (False, False), "x1 given x2": (False, True), "x2 given x1": (True, False)}
 
 
@@ -54,7 +55,7 @@ def train(x: Tensor, alpha: float, seed: int, args: argparse.Namespace) -> VAEAC
         bound = partial(eased_bound if stage == 0 else hybrid_bound, alpha=alpha)
         run = TrainingRun(1000 * seed + stage, "cpu", verbose=False)
         train_vaeac(network, x, torch.ones_like(x, dtype=torch.bool), run, some_hidden,
-                    max(1, round(SHARE[alpha] * epochs)), args.batch, rate, 0.0, bound=bound)
+                    epochs, args.batch, rate, 0.0, bound=bound)
     return network.eval()
 
 
@@ -90,6 +91,25 @@ def modes(network: VAEAC, x: Tensor, centres: Tensor, noise: Noise) -> tuple[dic
     return found, kept
 
 
+def keep(facts: dict) -> None:
+    """One run more in the file, read anew: another process may have written meanwhile."""
+    before = json.loads(PATH.read_text())["runs"] if PATH.exists() else []
+    facts = facts | {"commit": BEGUN_AT, "torch": version("torch")}
+    runs = [facts] + [r for r in before if r["seed"] != facts["seed"] or (
+        r["recipe"] == facts["recipe"] and r["alpha"] != facts["alpha"])]
+    runs.sort(key=lambda r: (r["seed"], -r["alpha"]))
+    write_facts(PATH, {"what": "appendix C.2: eight normals in the plane", "settings": ABOUT, "runs": runs})
+
+
+def keep_pictures(centres: Tensor, draws: dict) -> None:
+    """Draws of one weight more in mixture.npz."""
+    path, before = PATH.with_suffix(".npz"), {}
+    if path.exists():
+        with np.load(path) as stored:
+            before = dict(stored)
+    np.savez_compressed(path, **before | {"centres": centres.numpy()} | draws)
+
+
 def main() -> None:
     """Every seed and alpha; the file is written after each."""
     ask = argparse.ArgumentParser()
@@ -104,10 +124,7 @@ def main() -> None:
     args = ask.parse_args()
     torch.set_num_threads(1)
     PATH.parent.mkdir(exist_ok=True)
-    pictures = dict(np.load(PATH.with_suffix(".npz"))) if PATH.with_suffix(".npz").exists() else {}
-    pictures.pop("centres", None)
-    before = json.loads(PATH.read_text()) if PATH.exists() else {"runs": []}
-    runs = [{"epochs": before["settings"]["epochs"], **r} for r in before["runs"]]
+    recipe = {k: v for k, v in vars(args).items() if k not in ("seeds", "alphas")}
     for seed in args.seeds:
         source = Noise(seed, CPU)
         centres = source.normal(8, 2)
@@ -116,15 +133,13 @@ def main() -> None:
             begun = time.process_time()
             network = train(x, alpha, seed, args)
             seconds, (shares, kept) = time.process_time() - begun, modes(network, fresh, centres, Noise(2, CPU))
-            facts = {"seed": seed, "alpha": alpha, "cpu_seconds": round(seconds, 1), "epochs": args.epochs,
-                     "share_of_epochs": SHARE[alpha], "modes": shares, **scores(network, fresh, centres, Noise(1, CPU))}
+            steps = sum(args.epochs) * -(-args.rows // args.batch)
+            facts = {"seed": seed, "alpha": alpha, "cpu_seconds": round(seconds, 1), "recipe": recipe, "steps": steps,
+                     "modes": shares, **scores(network, fresh, centres, Noise(1, CPU))}
             if seed == 0:
-                pictures |= {f"{alpha:g} {name}": v for name, v in kept.items()}
-                np.savez_compressed(PATH.with_suffix(".npz"), centres=centres.numpy(), **pictures)
-            runs = [r for r in runs if (r["seed"], r["alpha"]) != (seed, alpha)] + [facts]
+                keep_pictures(centres, {f"{alpha:g} {name}": v for name, v in kept.items()})
             print(json.dumps(facts), flush=True)
-            write_facts(PATH, {"what": "appendix C.2: eight normals in the plane", "settings": vars(args) | ABOUT,
-                               "commit": BEGUN_AT, "versions": {"torch": version("torch")}, "runs": runs})
+            keep(facts)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ SMALL_FLOW = SMALL | dict(latent_hidden=16, n_couplings=2)
 SMALL_EMFLOW = SMALL | dict(n_couplings=2, n_passes=2)
 SMALL_GAIN = SMALL | dict(min_steps=8)
 SMALL_MIWAE = SMALL | dict(min_steps=8, latent=3, n_samples=5, n_importance=20)
-SMALL_VAEAC = SMALL | dict(depth=2, latent=4, channels=(4, 8), blocks=1)
 SMALL_MARGINALIZER = SMALL | dict(depth=1, n_orders=2)
+SMALL_VAEAC = SMALL | dict(min_steps=8, depth=2, latent=4, channels=(4, 8), blocks=1)
 SMALL_GAUSSIAN = dict(max_epochs=4, n_draws=4, random_state=0, verbose=False)
 TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
