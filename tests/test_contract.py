@@ -63,8 +63,7 @@ TABLES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
           "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
-          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
-          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own))}
 IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "emflow": lambda **own: EMFlowImputer(**(SMALL_EMFLOW | own)),
           "gaussian": lambda **own: GaussianImputer(**(SMALL_GAUSSIAN | own)),
@@ -75,8 +74,7 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
           "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
-          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own)),
-          "hybrid": lambda **own: GSNNImputer(**(SMALL_VAEAC | {"alpha": 0.5} | own))}
+          "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own))}
 QUICK = {
     "ice": dict(max_rounds=2), "mice": dict(n_chains=2, max_rounds=2, n_draws=4), "softsvd": dict(n_strengths=4),
     "missforest": dict(n_estimators=3, max_rounds=2), "trees": dict(n_estimators=3, max_rounds=1),
