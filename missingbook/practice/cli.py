@@ -485,7 +485,7 @@ METHODS = {
                    "comparing with vaeac-paper, which has a proposal; its draws blur where several answers are plausible", draws=True,
                    saved=True, preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
     "nn": Method("vaes.gsnn.GSNNImputer", "VAEAC, appendix D.2", "tables, images",
-                 "as gsnn, without noise: one network from what is seen to every cell, and one answer", saved=True,
+                 "as gsnn, without noise: one network from what is seen to every cell, and one answer", draws=True, saved=True,
                  preset=(("deterministic", True), ("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 1))),
     "marginalizer": Method("vaes.marginalizer.MarginalizerImputer", "Douglas et al. 2017; VAEAC, section 5.3", "tables, small images",
                            "columns that hang on a few others, a density besides; draws cost a pass for every hidden column",
