@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from measure_simple_rivals import ROOT, commit, write_facts
 from torch import Tensor
@@ -92,8 +93,8 @@ def networks(s: dict, shape: tuple[int, ...], device: torch.device) -> tuple[MCF
     return network, weights
 
 
-def measure(data: str, rate: float, seed: int, every: int, device: str, s: dict, note: Callable[[dict], None]) -> None:
-    """Train; at every score hand what is known so far to `note`."""
+def measure(data: str, rate: float, seed: int, every: int, device: str, s: dict, note: Callable[[dict], None]) -> dict:
+    """Train; at every score hand what is known so far to `note`. Gives 20 test images: truth, seen, completed."""
     train, test, y = pictures(data)
     seen, seen_test = holes(train.shape, rate, 1000 + seed), holes(test.shape, rate, 2000 + seed)
     shape = tuple(train.shape[1:])
@@ -119,6 +120,9 @@ def measure(data: str, rate: float, seed: int, every: int, device: str, s: dict,
         run.test = Completion(network, test.flatten(1), seen_test.flatten(1), Noise(3000 + seed, run.device))
         run.feed = s["feed"]
         train_mcflow(network, *taught, run, s["epochs"], **{name: s[name] for name in LOOP}, **weights)
+    made = run.test.again(run.feed).clamp(0, 1).view(test.shape)
+    return {"seen": seen_test[:20].cpu().numpy()} | {
+        name: (255 * t[:20]).round().byte().cpu().numpy() for name, t in (("truth", test), ("completed", made))}
 
 
 def main() -> None:
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--commit", help="for a copy without git")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "prflow")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTINGS)}")
+    parser.add_argument("--pictures", action="store_true", help="write NAME.npz, too: twenty completed test images")
     parser.add_argument("--tf32", action="store_true", help="matrix products of a GPU in TF32")
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high" if asked.tf32 else "highest")
@@ -143,7 +148,9 @@ def main() -> None:
         write_facts(path, about | record)
         print(asked.name, record["curve"][-1], flush=True)
 
-    measure(asked.data, asked.rate, asked.seed, asked.every, asked.device, settings_from(asked.set), note)
+    made = measure(asked.data, asked.rate, asked.seed, asked.every, asked.device, settings_from(asked.set), note)
+    if asked.pictures:
+        np.savez_compressed(path.with_suffix(".npz"), **made)
 
 
 if __name__ == "__main__":
