@@ -518,6 +518,16 @@ def test_parameters_that_cannot_be_meant(make, name, value):
 
 
 @tables
+def test_parameters_changed_after_the_fit_are_looked_at(make, monkeypatch):
+    """Mutation: parameters are looked at by `fit` alone."""
+    X, changed = data("table"), pickle.loads(pickle.dumps(fitted("table", make))).set_params(batch_size=0)
+    with pytest.raises(ValueError, match="batch_size"):
+        changed.transform(X)
+    monkeypatch.setattr(imputer_module, "_check_parameters", lambda *_: None)
+    changed.transform(X)
+
+
+@tables
 def test_in_a_pipeline_with_pandas_out(make):
     x, y = load_iris(return_X_y=True)
     holes = np.where(np.random.default_rng(0).random(x.shape) < 0.3, np.nan, x)

@@ -230,6 +230,7 @@ class _Fit:
 
     def _encode(self, X: Any) -> tuple[Tensor, Tensor]:
         """X as (x, observed) on the CPU; values a million standard deviations away are brought to a million."""
+        _check_parameters(self.get_params(deep=False), self._limits, self._optional)  # `set_params` checks nothing
         X = _as_given(X)
         if isinstance(self.encoder_, TableEncoder) and getattr(X, "ndim", 2) > 2:
             raise ValueError(f"X has the shape {X.shape}, but this {type(self).__name__} was fitted to a table; "

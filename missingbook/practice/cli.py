@@ -480,7 +480,7 @@ METHODS = {
                     saved=True),
     "vaeac-paper": Method("vaes.vaeac.VAEACImputer", "the same, appendix A.2", "tables, images",
                           "comparing with the paper: noise of one standard deviation that draws leave out", draws=True, saved=True,
-                          preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),
+                          preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10), ("warm_up", 0))),
     "gsnn": Method("vaes.gsnn.GSNNImputer", "Sohn, Lee & Yan 2015; VAEAC, appendix C", "tables, images",
                    "comparing with vaeac-paper, which has a proposal; its draws blur where several answers are plausible", draws=True,
                    saved=True, preset=(("sigma", 1.0), ("hide_rate", 0.2), ("cell_noise", False), ("n_draws", 10))),

@@ -60,22 +60,22 @@ def gsnn_bound(
 # %% ../../nbs/05_vaes/04_gsnn.ipynb #vg000012
 def hybrid_bound(
     network: VAEAC, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], seen: Bool[Tensor, "n width"],
-    eps: Float[Tensor, "n latent"], alpha: float | int,
+    eps: Float[Tensor, "n latent"], alpha: float | int, weight: Float[Tensor, " n"] | float = 1.0,
 ) -> Float[Tensor, " n"]:
     """alpha · L_VAEAC + (1 − alpha) · L_GSNN (VAEAC, eqs. 14 and 16), alpha from 0 (GSNN) to 1 (VAEAC).
 
     One eps makes both draws: it that of the proposal, its mirror image −eps that of the prior, which varies less than two
-    of their own. Raises ValueError for another alpha."""
+    of their own. weight: of the divergence, as in `vaeac_bound`. Raises ValueError for another alpha."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha!r}: the weight of VAEAC's bound lies between 0 and 1")
     if alpha in (0, 1):
-        return vaeac_bound(network, x, observed, seen, eps) if alpha else gsnn_bound(network, x, observed, seen, -eps)
+        return vaeac_bound(network, x, observed, seen, eps, weight) if alpha else gsnn_bound(network, x, observed, seen, -eps)
     mean_q, sigma_q = network.propose(x, seen, observed)
     mean_p, sigma_p, memory = network.recall(x, seen)
     z = torch.stack([reparameterize(mean_q, sigma_q, eps), reparameterize(mean_p, sigma_p, -eps)])
     output, sigma = network.generate(z, memory)  # both draws at once, and the memory of what is seen for both
     log_q, log_p = reconstruction(output, x.repeat(2, 1), (observed & ~seen).repeat(2, 1), network.layout, sigma).chunk(2)
-    bound = elbo(log_q, normal_kl(mean_q, sigma_q, mean_p, sigma_p)) + prior_regularizer(mean_p, sigma_p)
+    bound = elbo(log_q, weight * normal_kl(mean_q, sigma_q, mean_p, sigma_p)) + prior_regularizer(mean_p, sigma_p)
     return alpha * bound + (1 - alpha) * log_p
 
 # %% ../../nbs/05_vaes/04_gsnn.ipynb #vg000013
@@ -148,7 +148,7 @@ class GSNNImputer(VAEACImputer):
         return network
 
     def _bound(self, network: VAEAC, *batch: Tensor) -> Tensor:
-        return hybrid_bound(network, *batch, alpha=self.alpha)
+        return hybrid_bound(network, *batch[:4], self.alpha, *batch[4:])
 
     def _complete_with(self, network: VAEAC, x: Tensor, observed: Tensor, noises: list[Noise], mean: bool) -> Tensor:
         return super()._complete_with(network, x, observed, noises, mean or self.deterministic)

@@ -319,7 +319,7 @@ def train_vaeac(
     """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
 
     An epoch is as many passes over the rows as make min_steps steps, one at least. warm_up: epochs in which the weight of
-    the divergence rises to 1; the bound must take it."""
+    the divergence rises to 1, at most half of max_epochs; the bound must take it."""
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = (tuple(t[rows] for t in (x, observed)) for rows in (order[:n_judge], order[n_judge:]))
@@ -330,6 +330,7 @@ def train_vaeac(
     optimizer = run.adam(network, learning_rate)
     run.keep(network=network, optimizer=optimizer)
     step = run.stepper(lambda *batch: {"loss": -bound(network, *batch).mean()}, optimizer)
+    warm_up = min(warm_up, max_epochs // 2)
     passes = math.ceil(min_steps / math.ceil(len(learn[0]) / batch_size))
     for epoch in run.epochs(max_epochs):
         for x_batch, observed_batch in (b for _ in range(passes) for b in run.batches(*learn, batch_size=batch_size)):
@@ -485,8 +486,8 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
     cell_noise: False leaves it out of draws (the paper's protocol: sigma=1, hide_rate=.2, cell_noise=False). hidden, depth,
     latent: of perceptrons; channels, blocks: of an image network's stages, channels=() for perceptrons. pixels:
     "gaussian", or "bernoulli" for black and white (grey counts as a probability of white). validation_fraction: rows that judge the epochs; without any, all
-    max_epochs run. An epoch has min_steps steps or more; warm_up: epochs in which the weight of the
-    divergence rises to 1, against a z that is never used. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
+    max_epochs run. An epoch has min_steps steps or more; warm_up: epochs, at most half of max_epochs, in which the weight of
+    the divergence rises to 1, against a z that is never used. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {
@@ -498,7 +499,7 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
 
     def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=128, depth=3, latent=64,
                  channels=(16, 32, 64, 64), blocks=2, pixels="gaussian", validation_fraction=0.25, n_importance=100,
-                 min_steps=50, warm_up=0, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
+                 min_steps=50, warm_up=20, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
         self.hide_rate, self.pattern, self.sigma, self.cell_noise = hide_rate, pattern, sigma, cell_noise
         self.hidden, self.depth, self.latent, self.channels, self.blocks = hidden, depth, latent, channels, blocks
