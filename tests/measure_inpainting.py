@@ -25,7 +25,8 @@ from missingbook.foundations.data import load
 from missingbook.foundations.imputer import Layout
 from missingbook.foundations.masks import line_observed
 from missingbook.foundations.training import Noise, TrainingRun, in_chunks, seeded
-from missingbook.vaes.inpainting import inpaint, naive_bayes_nll, prior_log_terms
+from missingbook.vaes.gsnn import gsnn_bound, prior_log_probs
+from missingbook.vaes.inpainting import inpaint, naive_bayes_nll
 from missingbook.vaes.vae import importance_weighted_bound, normal_kl, reparameterize
 from missingbook.vaes.vaeac import VAEAC, TableNetworks, importance_score, log_weights, reconstruction, vaeac_bound
 
@@ -51,11 +52,6 @@ def digits(split: str) -> Tensor:
 def lines(observed: Tensor, noise: Noise) -> Tensor:
     """What is shown of each digit: three rows."""
     return line_observed((len(observed), 28, 28), 3, noise.generator).flatten(1)
-
-
-def gsnn_bound(network: VAEAC, x: Tensor, observed: Tensor, seen: Tensor, eps: Tensor) -> Tensor:
-    """L_GSNN (eq. 15): z comes from the prior, and nobody proposes."""
-    return prior_log_terms(network, x, observed, seen, eps[None])[0]
 
 
 def build(args: argparse.Namespace) -> VAEAC:
@@ -97,7 +93,7 @@ def monte_carlo(network: VAEAC, x: Tensor, observed: Tensor, seen: Tensor, k: in
     noise = Noise(seed, CPU)
 
     def value(*rows: Tensor) -> Tensor:
-        parts = [prior_log_terms(network, *rows, noise.normal(min(100, k - start), len(rows[0]), network.latent))
+        parts = [prior_log_probs(network, *rows, noise.normal(min(100, k - start), len(rows[0]), network.latent))
                  for start in range(0, k, 100)]
         return importance_weighted_bound(torch.cat(parts).double())
 

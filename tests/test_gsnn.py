@@ -15,7 +15,7 @@ from missingbook.foundations.imputer import Layout, check_no_peek
 from missingbook.foundations.training import Noise, seeded
 from missingbook.vaes import gsnn
 from missingbook.vaes.gsnn import GSNNImputer
-from missingbook.vaes.vae import importance_weighted_bound
+from missingbook.vaes.vae import importance_weighted_bound, normal_kl
 from missingbook.vaes.vaeac import VAEAC, TableNetworks, VAEACImputer, hide_cells, importance_score, log_weights
 
 CPU, PLANE = torch.device("cpu"), Layout(2, (0, 1))
@@ -55,6 +55,10 @@ def check_objectives(module):
     for alpha in (0.2, 0.9):
         mixed = module.hybrid_bound(*parts, eps, alpha)
         assert torch.allclose(mixed, alpha * bound + (1 - alpha) * mirrored, atol=1e-5)
+        eased = module.hybrid_bound(*parts, eps, alpha, 0.25)
+        divergence = normal_kl(*network.propose(x, seen, observed), *network.recall(x, seen)[:2])
+        assert torch.allclose(eased, mixed + 0.75 * alpha * divergence, atol=1e-4)
+    assert torch.equal(module.hybrid_bound(*parts, eps, 1, 0.25), module.vaeac_bound(*parts, eps, 0.25))
     mean, sigma, memory = network.recall(x, seen)
     output, spread = network.generate(mean + sigma * eps, memory)
     target = observed & ~seen
@@ -68,6 +72,7 @@ def check_objectives(module):
     (" + prior_regularizer(mean_p, sigma_p)\n", "\n"),
     ("log_q, log_p = reconstruction", "log_p, log_q = reconstruction"),
     ("target = (observed & ~seen).repeat(times)", "target = observed.repeat(times)"),
+    ("weight * normal_kl", "normal_kl"),
 ])
 def test_objectives(edit):
     """Mutations: weights change places; the same eps twice; no regularizer; draws swapped; seen cells count."""
@@ -86,7 +91,7 @@ def check_gradients(module):
 
 def test_only_vaeacs_part_trains_the_proposal():
     """Mutations: at alpha = 0 VAEAC's bound is used; or it counts, with weight 0."""
-    for edit in (("seen, eps) if alpha else gsnn_bound", "seen, eps) if True else gsnn_bound"),
+    for edit in (("seen, eps, weight) if alpha else gsnn_bound", "seen, eps) if True else gsnn_bound"),
                  ("if alpha in (0, 1):", "if alpha == 1:")):
         mutant_fails(gsnn, check_gradients, edit)
 

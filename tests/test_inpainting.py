@@ -12,7 +12,6 @@ from missingbook.foundations.imputer import Layout
 from missingbook.foundations.training import Noise, seeded
 from missingbook.vaes import inpainting
 from missingbook.vaes.inpainting import best_of, naive_bayes_nll, psnr_of_draws
-from missingbook.vaes.vae import importance_weighted_bound, normal_log_prob
 from missingbook.vaes.vaeac import VAEAC, TableNetworks
 
 CPU = torch.device("cpu")
@@ -73,41 +72,6 @@ def test_cells_are_drawn_with_their_probabilities():
 
 
 # --- likelihoods -----------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def check_monte_carlo(module):
-    """Eq. 17 tends to the integral over z, which one latent variable lets us do on a grid."""
-    model, (x, seen) = network(latent=1), rows()
-    known = torch.rand(6, 16, generator=seed(5)) < 0.8
-    grid = torch.linspace(-8, 8, 2001)[:, None, None]
-    z = model.recall(x, seen)[0] + model.recall(x, seen)[1] * grid
-    output = model.generate(z, model.recall(x, seen)[2])[0].view(2001, 6, 16)
-    each = torch.where(x > 0.5, output.sigmoid(), 1 - output.sigmoid()).log()  # by hand: no code of the module
-    terms = torch.where(known & ~seen, each, 0.0).sum(2) + normal_log_prob(grid, torch.zeros(1), torch.ones(1))
-    exact = terms.logsumexp(0) + math.log(16 / 2000)
-    eps = torch.randn(8000, 6, 1, generator=seed(6))
-    found = importance_weighted_bound(module.prior_log_terms(model, x, known, seen, eps))
-    assert (found - exact).abs().max() < 0.1
-
-
-def test_monte_carlo_against_a_grid():
-    mutant_fails(inpainting, check_monte_carlo, ("(observed & ~seen)", "(observed & seen)"))
-    mutant_fails(inpainting, check_monte_carlo, ("(observed & ~seen)", "(~seen)"))
-    mutant_fails(inpainting, check_monte_carlo, ("z, times = reparameterize(mean, sigma, eps)",
-                                                 "z, times = reparameterize(mean, 3 * sigma, eps)"))
-
-
-def test_monte_carlo_never_peeks():
-    model, (x, seen) = network(), rows()
-    known = torch.rand(6, 16, generator=seed(5)) < 0.8
-    eps, shown = torch.randn(3, 6, 2, generator=seed(6)), seen & known
-    junk = torch.where(known, x, torch.nan)
-    clean, dirty = (inpainting.prior_log_terms(model, t, known, shown, eps) for t in (torch.where(known, x, 0.0), junk))
-    assert torch.equal(clean, dirty) and torch.isfinite(dirty).all()
-    dirty.mean().backward()
-    gradients = [p.grad for name, p in model.named_parameters() if "_q" not in name]
-    assert all(g is not None and torch.isfinite(g).all() for g in gradients)
 
 
 def check_naive_bayes(module):

@@ -389,12 +389,29 @@ def check_density(module):
 
 
 @pytest.mark.parametrize("edit", [
-    ("each.logsumexp(0) - math.log(n_orders)", "each.mean(0)"),
+    ("each.logsumexp(0) - math.log(len(orders))", "each.mean(0)"),
     ("- target.double() @ self._log_spread()", ""),
 ])
 def test_density(edit):
     """Mutations: the mean of logarithms, which is no density; the units are forgotten."""
     mutant_fails(marginalizer, check_density, edit)
+
+
+def check_orders(module):
+    for columns, asked, found in ((2, 4, 2), (3, 6, 6), (4, 4, 4), (1, 3, 1), (64, 5, 5)):
+        ranks = module.different_orders(columns, asked, seed(0))
+        assert ranks.shape == (found, columns) and len({tuple(r.argsort().tolist()) for r in ranks}) == found
+    imputer = module.MarginalizerImputer(**SMALL).fit(table(60, 2))
+    each, mixed = imputer.log_prob_by_order(table(60, 2), n_orders=7)
+    assert each.shape == (2, 60) and np.allclose(np.exp(mixed), np.exp(each).mean(0))
+    for wrong in (0, 1.5, None):
+        refuses(lambda wrong=wrong: imputer.log_prob_by_order(table(60, 2), n_orders=wrong), ValueError, "n_orders")
+
+
+def test_no_order_comes_twice():
+    mutant_fails(marginalizer, check_orders, ("found.setdefault(tuple(rank.argsort().tolist()), rank)",
+                                              "found[len(found)] = rank"))
+    mutant_fails(marginalizer, check_orders, ("- math.log(len(orders))", "- math.log(n_orders)"))
 
 
 def test_black_and_white_pictures_have_probabilities():
@@ -426,6 +443,7 @@ def test_fills_beat_the_mean():
 
 @pytest.mark.parametrize("own, words", [
     ({"hide_rate": 1.5}, "hide_rate=1.5"), ({"hide_rate": -0.1}, "hide_rate=-0.1"),
+    ({"hide_rate": 0.0}, "hide_rate=0.0"), ({"pattern": ["line"]}, "pattern="),
     ({"pattern": "star"}, "line, half"),
     ({"pattern": "line"}, "is for images"), ({"weighting": "mean"}, "'sum' or 'chain'"),
     ({"pixels": "red"}, "'bernoulli'"),

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..foundations.training import Noise
+from ..foundations.training import Noise, SharedNoise
 from .vae import elbo, importance_weighted_bound, normal_kl, reparameterize
 from .vaeac import VAEAC, VAEACImputer, prior_regularizer, reconstruction, vaeac_bound
 
@@ -135,7 +135,9 @@ class GSNNImputer(VAEACImputer):
         self.alpha, self.deterministic = alpha, deterministic
 
     def fit(self, X, y=None):
-        """As in `VAEACImputer`; besides, ValueError for a deterministic network with a proposal to train."""
+        """As in `VAEACImputer`; besides, ValueError where deterministic is no bool, or has a proposal to train."""
+        if not isinstance(self.deterministic, bool):
+            raise ValueError(f"deterministic={self.deterministic!r}: it is True or False")
         if self.deterministic and self.alpha != 0:
             raise ValueError(f"deterministic=True has no proposal, which alpha={self.alpha!r} would train; use alpha=0")
         return super().fit(X, y)
@@ -149,6 +151,15 @@ class GSNNImputer(VAEACImputer):
 
     def _bound(self, network: VAEAC, *batch: Tensor) -> Tensor:
         return hybrid_bound(network, *batch[:4], self.alpha, *batch[4:])
+
+    def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
+        if not self.deterministic:
+            return super()._complete(x, observed)
+
+        def once(network: VAEAC, x: Tensor, observed: Tensor) -> Tensor:  # all draws are one
+            return self._complete_with(network, x, observed, [SharedNoise(self.seed_, 0, x.device)], True)[0].double()
+
+        return self._run(once, x, observed)
 
     def _complete_with(self, network: VAEAC, x: Tensor, observed: Tensor, noises: list[Noise], mean: bool) -> Tensor:
         return super()._complete_with(network, x, observed, noises, mean or self.deterministic)

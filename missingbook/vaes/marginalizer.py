@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['marginalizer_loss', 'first_cells', 'chain_log_prob', 'UniversalMarginalizer', 'chain_draw', 'request_masks',
-           'chain_weight', 'request_loss', 'train_marginalizer', 'MarginalizerImputer']
+           'chain_weight', 'request_loss', 'train_marginalizer', 'different_orders', 'MarginalizerImputer']
 
 # %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000002
 """The Universal Marginalizer: one network for the marginal of every hidden cell; the chain rule for joints."""
 
 # %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000003
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,15 @@ class _MarginalizerFill(DeepImputer):
         rank = noise.uniform(len(x), network.layout.n_columns)  # an order of its own for every row
         return chain_draw(network, x.flatten(1), observed.flatten(1), rank, noise).view(x.shape)
 
+# %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000033
+def different_orders(n_columns: int, n_orders: int, generator: torch.Generator) -> Float[Tensor, "orders columns"]:
+    """Ranks of the columns in n_orders random orders, no order twice; all orders, where there are no more."""
+    wanted, found = min(n_orders, math.factorial(min(n_columns, 20))), {}
+    while len(found) < wanted:
+        rank = torch.rand(n_columns, generator=generator)
+        found.setdefault(tuple(rank.argsort().tolist()), rank)
+    return torch.stack(list(found.values()))
+
 # %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000031
 class _MarginalizerDensity(_MarginalizerFill):
     """log p of some cells given others: exact for an order, and for a mixture of orders."""
@@ -227,25 +237,29 @@ class _MarginalizerDensity(_MarginalizerFill):
         """log p of the observed cells of each row, in nats and in the units of X: (n,), float64 (VAEAC, eq. 11).
 
         given: True for cells to condition on, of the shape of X: then log p(the others that are observed | those). Of an
-        equal mixture of n_orders random orders, the same for every row; one request a cell and order."""
+        equal mixture of n_orders different random orders, the same for every row; one request a cell and order."""
         return self.log_prob_by_order(X, given, self.n_orders)[1]
 
     def log_prob_by_order(self, X: Any, given: Any = None, n_orders: int = 8
                           ) -> tuple[Float[np.ndarray, "orders n"], Float[np.ndarray, " n"]]:
-        """(log p under each of n_orders random orders, log p under their mixture): how far the answers of a model differ."""
+        """(log p under each of n_orders random orders, log p under their mixture): how far the answers of a model differ.
+
+        No order comes twice; where there are fewer than n_orders, all are taken. Raises ValueError for n_orders below 1."""
+        if not isinstance(n_orders, numbers.Integral) or n_orders < 1:
+            raise ValueError(f"n_orders={n_orders!r}: use a whole number from 1 on")
         check_is_fitted(self, "network_")
         x, observed = (t.flatten(1) for t in self._encode(X))
         seen = torch.zeros_like(observed) if given is None else observed & self._encode(_only(X, given))[1].flatten(1)
         if not x.numel():
             return np.zeros((n_orders, len(x))), np.zeros(len(x))
-        target, source = observed & ~seen, torch.Generator().manual_seed(self.seed_)
-        values = []
-        for _ in self._bar(n_orders, "log_prob"):
-            rank = torch.rand(1, self._layout().n_columns, generator=source)
+        target, values = observed & ~seen, []
+        orders = different_orders(self._layout().n_columns, n_orders, torch.Generator().manual_seed(self.seed_))
+        for k in self._bar(len(orders), "log_prob"):
+            rank = orders[k : k + 1]
             values.append(self._run(lambda network, *rows, rank=rank: chain_log_prob(network, *rows, rank.to(rows[0].device)),
                                     x, seen, target))
         each = torch.stack(values) - target.double() @ self._log_spread()
-        return each.numpy(), (each.logsumexp(0) - math.log(n_orders)).numpy()
+        return each.numpy(), (each.logsumexp(0) - math.log(len(orders))).numpy()
 
     def _log_spread(self) -> Tensor:
         if isinstance(self.encoder_, ImageEncoder) and self.pixels == "bernoulli":  # a probability, not a density
@@ -264,7 +278,7 @@ class MarginalizerImputer(_MarginalizerDensity):
     The rest: see `DeepImputer`."""
 
     _takes = ("table", "images")
-    _limits = DeepImputer._limits | {"hide_rate": (0.0, 1.0), "hidden": (1, math.inf), "depth": (0, math.inf),
+    _limits = DeepImputer._limits | {"hide_rate": (1e-3, 1.0), "hidden": (1, math.inf), "depth": (0, math.inf),
                                      "validation_fraction": (0.0, 0.9), "n_orders": (1, math.inf)}
     _optional = (*DeepImputer._optional, "hide_rate")
 
@@ -276,7 +290,7 @@ class MarginalizerImputer(_MarginalizerDensity):
 
     def fit(self, X, y=None):
         """As in `DeepImputer`; besides, ValueError for a pattern, weighting or pixels that are none, a pattern for a table."""
-        if self.pattern is not None and self.pattern not in _PATTERNS:
+        if self.pattern is not None and (not isinstance(self.pattern, str) or self.pattern not in _PATTERNS):
             raise ValueError(f"pattern={self.pattern!r}: it is None or one of {', '.join(_PATTERNS)}")
         if self.pattern is not None and getattr(X, "ndim", 2) == 2:
             raise ValueError(f"pattern={self.pattern!r} is for images; leave it at None for a table")
