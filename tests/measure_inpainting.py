@@ -105,12 +105,15 @@ def train(network: VAEAC, args: argparse.Namespace, x: Tensor, judge: tuple[Tens
     bound = vaeac_bound if args.model == "vaeac" else gsnn_bound
     run, observed, curve = TrainingRun(args.seed, "cpu", args.precision, verbose=False), torch.ones_like(x).bool(), []
     optimizer = run.adam(network, args.learning_rate)
+    warm = args.warm_up > 0 and args.model == "vaeac"
     step = run.stepper(lambda *batch: {"loss": -bound(network, *batch).mean()}, optimizer)
     clock = Clock(args.minutes, args.wall)
     for epoch in run.epochs(10**6):
         for batch in run.batches(x, observed, batch_size=args.batch_size):
             optimizer.param_groups[0]["lr"] = rate(clock.done(), args.learning_rate)
-            step(*batch, lines(batch[1], run.noise), run.noise.normal(len(batch[0]), network.latent))
+            eps = run.noise.normal(len(batch[0]), network.latent)
+            weight = (torch.full((len(eps),), min(clock.done() / args.warm_up, 1.0)),) if warm else ()
+            step(*batch, lines(batch[1], run.noise), eps, *weight)
             if clock.done() >= 1:
                 run.end()
                 break
@@ -171,7 +174,7 @@ def measure_mnist(args: argparse.Namespace) -> None:
     everything = [torch.ones_like(part).bool() for part in (judge, test)]
     network, name = build(args), {"vaeac": "mnist", "gsnn": "gsnn"}[args.model]
     curve, seconds = train(network, args, learn, (judge, everything[0], shown[0]))
-    names = ("hidden", "depth", "latent", "batch_size", "learning_rate", "precision", "seed")
+    names = ("hidden", "depth", "latent", "batch_size", "learning_rate", "warm_up", "precision", "seed")
     settings = {n: getattr(args, n) for n in names}
     facts = about(what="negative log-likelihood of 25 hidden rows given a line of three, binarized MNIST, in nats",
                   model=args.model, settings=settings, training_digits=len(learn), cpu_seconds=round(seconds, 1),
@@ -235,6 +238,8 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warm-up", type=float, default=0.2,
+                        help="share of the run in which the weight of the divergence rises to 1")
     parser.add_argument("--precision", choices=["float32", "bf16"], default="bf16")
     parser.add_argument("--rows", type=int, default=100, help="test digits for Monte Carlo with 10,000 draws")
     parser.add_argument("--repeats", type=int, default=5)

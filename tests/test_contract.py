@@ -517,6 +517,24 @@ def test_parameters_that_cannot_be_meant(make, name, value):
         make(**own).fit(mixed()[1])
 
 
+def wild_columns(X):
+    """The columns that a fit calls wild."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        AutoencoderImputer(**(SMALL | {"max_epochs": 1})).fit(X)
+    return [str(w.message).split(":")[0] for w in said if "wild ones" in str(w.message)]
+
+
+def test_a_column_with_wild_values_is_named(monkeypatch):
+    """Mutation: no word is said. Zeros with a few counts, constants, booleans and categories are not wild."""
+    X = mixed()[1].assign(zeros=np.r_[np.zeros(140), 1:11].astype(float))
+    assert wild_columns(X) == []
+    X.iloc[[3, 50], 0] = 1e9, 1e8
+    assert wild_columns(X) == [f"column {X.columns[0]!r}"]
+    monkeypatch.setattr(imputer_module, "_warn_of_wild", lambda *_: None)
+    assert wild_columns(X) == []
+
+
 @tables
 def test_parameters_changed_after_the_fit_are_looked_at(make, monkeypatch):
     """Mutation: parameters are looked at by `fit` alone."""

@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,6 +214,16 @@ def _check_parameters(params: Mapping[str, Any], limits: Mapping[str, tuple], op
     if checkpoint is not None and not isinstance(params.get("random_state"), numbers.Integral):
         raise ValueError("checkpoint needs random_state to be an integer, or the resumed fit would be another one")
 
+# %% ../../nbs/01_foundations/07_imputer.ipynb #a9c10002
+def _warn_of_wild(blocks: Sequence[Block], x: Float[Tensor, "rows width"], observed: Bool[Tensor, "rows width"]) -> None:
+    """UserWarning for numbers whose middle half lies within a thousandth of their standard deviation, but is no single value."""
+    for block in (b for b in blocks if b.kind not in ("boolean", "category")):
+        cells = x[:100_000, block.start][observed[:100_000, block.start]].numpy().astype(float)
+        if len(cells) and 0 < np.subtract(*np.quantile(cells, [0.75, 0.25])) < 1e-3:
+            warnings.warn(f"column {block.column!r}: half of its values lie within a thousandth of its standard deviation, so a "
+                          "few wild ones set its scale, and all others look alike; correct or transform them", UserWarning,
+                          stacklevel=3)
+
 # %% ../../nbs/01_foundations/07_imputer.ipynb #59506a8a
 _one_fit = threading.RLock()  # PyTorch's global random numbers are one for all threads: fits take turns
 
@@ -260,6 +271,8 @@ class _Fit:
         if hasattr(self.encoder_, "feature_names_in_"):
             self.feature_names_in_ = self.encoder_.feature_names_in_
         x, observed = self._encode(X)
+        if isinstance(self.encoder_, TableEncoder):
+            _warn_of_wild(self.encoder_.blocks_, x, observed)
         run = TrainingRun(seed_from(self.random_state), self.device, self.precision, self.checkpoint,
                           self._fingerprint(x, observed) if self.checkpoint else "",
                           patience=self.patience, verbose=bool(self.verbose))
