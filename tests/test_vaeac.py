@@ -1100,7 +1100,7 @@ def test_soften(edit):
 
 
 def check_warm_up(module):
-    """The weight of the divergence : one half in the first epoch of two, then 1; none is passed without a warm-up."""
+    """The weight of the divergence: one half in the first epoch of two, then 1, and half of all epochs at most."""
     weights = []
 
     def bound(network, x, observed, seen, eps, weight=None):
@@ -1108,13 +1108,13 @@ def check_warm_up(module):
         return module.vaeac_bound(network, x, observed, seen, eps, *([] if weight is None else [weight]))
 
     x, observed = torch.randn(40, 3, generator=seed()), torch.ones(40, 3, dtype=torch.bool)
-    for warm_up, expected in ((2, [[0.5], [1.0], [1.0]]), (0, [None] * 3)):
+    for warm_up, expected in ((2, [[0.5], [1.0], [1.0], [1.0]]), (9, [[0.5], [1.0], [1.0], [1.0]]), (0, [None] * 4)):
         weights.clear()
         with seeded(0, CPU):
             network = module.VAEAC(Layout(3, (0, 1, 2)), module.TableNetworks(3, 6, 8, 1, 2), 2)
         run = TrainingRun(0, "cpu", verbose=False)
         hidden = lambda o, noise: hide_cells(o, Layout(3, (0, 1, 2)), 0.5, noise)  # noqa: E731
-        module.train_vaeac(network, x, observed, run, hidden, 3, 40, 1e-3, 0.0, 1, bound, warm_up=warm_up)
+        module.train_vaeac(network, x, observed, run, hidden, 4, 40, 1e-3, 0.0, 1, bound, warm_up=warm_up)
         assert weights == expected
     eps, seen = torch.randn(40, 2, generator=seed(1)), observed & (torch.arange(3) < 1)
     free, half, full = (module.vaeac_bound(network, x, observed, seen, eps, w) for w in (0.0, 0.5, 1.0))
@@ -1127,10 +1127,11 @@ def check_warm_up(module):
         ("min((epoch + 1) / warm_up, 1.0)", "(epoch + 1) / warm_up"),
         ("weight * normal_kl(", "normal_kl("),
         ("if warm_up else ()", "if not warm_up else ()"),
+        ("warm_up = min(warm_up, max_epochs // 2)", "warm_up = warm_up"),
     ],
 )
 def test_warm_up(edit):
-    """Mutations: the weight goes on rising; nothing is weighted; the wrong way round."""
+    """Mutations: the weight goes on rising; nothing is weighted; the wrong way round; no limit."""
     with contextlib.suppress(ZeroDivisionError):
         mutant_fails(vaeac, check_warm_up, edit)
 

@@ -374,7 +374,7 @@ class _VAEACNetwork:
             networks = ImageNetworks(self.encoder_.shape_, times * self.encoder_.shape_[0], tuple(self.channels), self.blocks, self.latent)
         else:
             networks = TableNetworks(layout.width, times * layout.width, self.hidden, self.depth, self.latent)
-        return VAEAC(layout, networks, self.latent, self.sigma)
+        return VAEAC(layout, networks, self.latent, self.sigma, self.sigma_min)
 
     def _hide(self, observed: Tensor, noise: Noise) -> Tensor:
         if self.pattern is None:
@@ -482,26 +482,28 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
     """VAEAC (Ivanov, Figurnov & Vetrov 2019): a conditional VAE for every set of seen cells, of mixed tables and of images.
 
     hide_rate: share of observed cells hidden in a training step, None for a rate from U(0, 1) a row; pattern: of images,
-    "line", "rectangle", "half" or "centre" in place of cells. sigma: standard deviation of numbers given z, None: learned;
-    cell_noise: False leaves it out of draws (the paper's protocol: sigma=1, hide_rate=.2, cell_noise=False). hidden, depth,
-    latent: of perceptrons; channels, blocks: of an image network's stages, channels=() for perceptrons. pixels:
-    "gaussian", or "bernoulli" for black and white (grey counts as a probability of white). validation_fraction: rows that judge the epochs; without any, all
-    max_epochs run. An epoch has min_steps steps or more; warm_up: epochs, at most half of max_epochs, in which the weight of
-    the divergence rises to 1, against a z that is never used. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see `DeepImputer`."""
+    "line", "rectangle", "half" or "centre" in place of cells. sigma: standard deviation of numbers given z, in units of the
+    column's, None: learned, and never below sigma_min. cell_noise: False leaves it out of draws (the paper's protocol:
+    sigma=1, hide_rate=.2, cell_noise=False). hidden, depth, latent: of perceptrons; channels, blocks: of an image network's
+    stages, channels=() for perceptrons. pixels: "gaussian", or "bernoulli" for black and white (grey counts as a
+    probability of white). validation_fraction: rows that judge the epochs; without any, all max_epochs run. An epoch has
+    min_steps steps or more; warm_up: epochs, at most half of max_epochs, in which the weight of the divergence rises to 1,
+    against a z that is never used. n_importance: draws behind `log_prob`. `transform` averages n_draws. The rest: see
+    `DeepImputer`."""
 
     _takes = ("table", "images")
     _limits = DeepImputer._limits | {
         "hide_rate": (1e-3, 1.0), "sigma": (1e-3, 1e3), "hidden": (1, math.inf), "depth": (1, math.inf),
-        "latent": (1, math.inf), "blocks": (0, math.inf), "validation_fraction": (0.0, 0.9), "n_importance": (1, math.inf),
-        "min_steps": (1, math.inf), "warm_up": (0, math.inf)}
+        "latent": (1, math.inf), "sigma_min": (1e-6, 1e3), "blocks": (0, math.inf), "validation_fraction": (0.0, 0.9),
+        "n_importance": (1, math.inf), "min_steps": (1, math.inf), "warm_up": (0, math.inf)}
     _optional = (*DeepImputer._optional, "hide_rate", "sigma")
     _bound, _score = staticmethod(vaeac_bound), staticmethod(importance_score)
 
-    def __init__(self, *, hide_rate=None, pattern=None, sigma=None, cell_noise=True, hidden=128, depth=3, latent=64,
+    def __init__(self, *, hide_rate=None, pattern=None, sigma=None, sigma_min=0.1, cell_noise=True, hidden=128, depth=3, latent=64,
                  channels=(16, 32, 64, 64), blocks=2, pixels="gaussian", validation_fraction=0.25, n_importance=100,
                  min_steps=50, warm_up=20, max_epochs=100, batch_size=64, learning_rate=1e-3, patience=15, **common):
         super().__init__(max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate, patience=patience, **common)
-        self.hide_rate, self.pattern, self.sigma, self.cell_noise = hide_rate, pattern, sigma, cell_noise
+        self.hide_rate, self.pattern, self.sigma, self.sigma_min, self.cell_noise = hide_rate, pattern, sigma, sigma_min, cell_noise
         self.hidden, self.depth, self.latent, self.channels, self.blocks = hidden, depth, latent, channels, blocks
         self.pixels, self.validation_fraction, self.n_importance = pixels, validation_fraction, n_importance
         self.min_steps, self.warm_up = min_steps, warm_up
