@@ -76,9 +76,12 @@ def test_named_imputers_exist():
     assert len(names) >= 8 and names <= set(missingbook.__all__)
 
 
-def test_picture_is_the_tours_figure():
+@pytest.mark.parametrize("name", ["digits", "curve", "prflow", "misgan", "vaeac", "missing-glow"])
+def test_pictures_are_the_tours_figures(name):
+    """Those of README and of the front page: run the tour again, and they must be copied anew."""
     tour = json.loads((ROOT / "nbs" / "tour.ipynb").read_text())
-    (figure,) = [c for c in tour["cells"] if "#| label: fig-tour-digits" in "".join(c["source"])]
+    (figure,) = [c for c in tour["cells"] if f"#| label: fig-tour-{name}\n" in "".join(c["source"])]
     stored = [o["data"]["image/png"] for o in figure["outputs"] if "image/png" in o.get("data", {})]
-    png = "".join(stored[0])
-    assert base64.b64decode(png) == (ROOT / "nbs" / "images" / "tour-digits.png").read_bytes()
+    assert base64.b64decode("".join(stored[0])) == (ROOT / "nbs" / "images" / f"tour-{name}.png").read_bytes()
+    front = README if name == "digits" else (ROOT / "nbs" / "index.ipynb").read_text()
+    assert f"images/tour-{name}.png" in front

@@ -65,6 +65,15 @@ def test_preview_links_lead_somewhere(pages):
     assert broken == []
 
 
+def test_preview_pictures_are_there(pages):
+    "Every picture lies in the page or beside it. Mutation: the folder of pictures is not copied."
+    out, _ = pages
+    found = [(page, src) for page in out.rglob("*.html")
+             for src in re.findall(r'<img[^>]*? src="([^"]+)"', page.read_text())]
+    beside = [(page, src) for page, src in found if not src.startswith("data:")]
+    assert beside and all((page.parent / src).exists() for page, src in beside), beside
+
+
 def test_preview_needs_no_network(pages):
     "Nothing is loaded from elsewhere: no script, style, font or picture; mathematics is MathML."
     out, _ = pages

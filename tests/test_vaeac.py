@@ -977,6 +977,7 @@ def test_pooling_runs_on_its_draws():
         ({"hide_rate": -0.1}, "hide_rate=-0.1"),
         ({"hide_rate": "half"}, "hide_rate='half'"),
         ({"sigma": 0.0}, "sigma=0.0"),
+        ({"sigma_min": 0.0}, "sigma_min=0.0"),
         ({"sigma": -1.0}, "sigma=-1.0"),
         ({"sigma": 1e4}, "sigma=10000.0"),
         ({"sigma": math.nan}, "sigma=nan"),

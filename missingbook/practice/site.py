@@ -262,6 +262,8 @@ def preview(folder: Path, out: Path) -> list[str]:
             navigation=_navigation(pages, page, root), neighbours=_neighbours(pages, page, root),
         ), encoding="utf-8")
     (out / "style.css").write_text(_style(folder), encoding="utf-8")
+    if (folder / "images").is_dir():
+        shutil.copytree(folder / "images", out / "images", dirs_exist_ok=True)
     return missing
 
 # %% ../../nbs/06_practice/02_site.ipynb #0b846b00
