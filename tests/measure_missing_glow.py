@@ -3,12 +3,15 @@ r"""Measure the Missing Glow phenomenon and write results/missing_glow/NAME.json
     python tests/measure_missing_glow.py train NAME --coupling affine --size 5 --epochs 40 --seed 0 [--pictures]
     python tests/measure_missing_glow.py train NAME --model realnvp …
     python tests/measure_missing_glow.py rivals --method prflow --seed 0
-    python tests/measure_missing_glow.py train paper --data olivetti --side 64 --size 16 --levels 4 --steps 32 \
-        --hidden 512 --batch 16 --device cuda     the paper's architecture; never run
+    python tests/measure_missing_glow.py train mnist --data mnist --grey 0.5
+    python tests/measure_missing_glow.py detector
+    python tests/measure_missing_glow.py train paper --side 64 --size 16 --levels 4 --steps 32 --hidden 512 \
+        --batch 16 --device cuda     the paper's architecture; never run
 
-Digits of the MNIST sample, averaged to 14 × 14 and framed to 16 × 16, in 5 bits, with one grey square each. Of 5,000
-pictures the first 4,000 are for training, the next 500 judge the epochs, the last 500 are completed. Olivetti: the last
-tenth is completed, the tenth before it judges.
+Olivetti's 400 faces, ten crops of 56 × 56 of each, half of them mirrored, averaged to side × side pixels, in 5 bits,
+with one square each. The squares are white: mid-grey is skin in a grey picture. Persons 1 to 32 are for training, 33 to
+36 judge the epochs, 37 to 40 are completed. MNIST: 4,000, 500 and 500 digits of the sample, averaged to 14 × 14 and
+framed. Photo patches: colour pictures from two photographs, in random order.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from missingbook.flows.missing_glow import (
 from missingbook.flows.prflow import PRFlowImputer
 from missingbook.flows.realnvp import ImageRealNVP, train_flow
 from missingbook.foundations.classics import NeighboursImputer
-from missingbook.foundations.data import load
+from missingbook.foundations.data import load, photo_patches
 from missingbook.foundations.training import TrainingRun, in_chunks, seeded
 from missingbook.vaes.vaeac import VAEACImputer
 
@@ -50,18 +53,40 @@ RIVALS = {"prflow": lambda seed: PRFlowImputer(**PRFLOW, random_state=seed, verb
           "vaeac": lambda seed: VAEACImputer(**VAEAC, random_state=seed, verbose=False)}
 
 
+def faces(side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Ten crops of each of 320, 40 and 40 faces, in random order; no person is in two parts."""
+    x, generator, crops = load("olivetti").x.float() / 255, torch.Generator().manual_seed(0), []
+    for face in x:
+        for _ in range(10):
+            top, left, mirrored = torch.randint(0, 9, (3,), generator=generator).tolist()
+            crop = face[:, top : top + 56, left : left + 56]
+            crops.append(F.adaptive_avg_pool2d(crop.flip(2) if mirrored > 4 else crop, side))
+    parts = torch.stack(crops).split([3200, 400, 400])
+    return tuple(part[torch.randperm(len(part), generator=generator)] for part in parts)
+
+
 def pictures(data: str, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(training, judging, test) in [0, 1], whole levels' middles, (n, 1, side, side)."""
-    x = load("mnist-sample" if data == "mnist" else data).x.float() / 255
-    if data == "mnist":
-        x = F.pad(F.avg_pool2d(x, 2), 4 * [1])
-    elif x.shape[2] != side:
-        x = F.adaptive_avg_pool2d(x, side)
+    """(training, judging, test) in [0, 1], whole levels' middles, (n, channels, side, side)."""
+    if data == "olivetti":
+        parts = faces(side)
+    elif data == "mnist":
+        parts = F.pad(F.avg_pool2d(load("mnist-sample").x.float() / 255, 2), 4 * [1]).split([4000, 500, 500])
     else:
+        x = F.adaptive_avg_pool2d(photo_patches(32, 8).x.float() / 255, side)
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-    x = ((x * LEVELS).floor().clamp(0, LEVELS - 1) + 0.5) / LEVELS
-    tenth = len(x) // 10
-    return x[: -2 * tenth], x[-2 * tenth : -tenth], x[-tenth:]
+        parts = x[:4000].split([len(x[:4000]) - 1000, 500, 500])
+    return tuple(((x * LEVELS).floor().clamp(0, LEVELS - 1) + 0.5) / LEVELS for x in parts)
+
+
+def level(grey: float) -> float:
+    """The middle of a grey level in [0, 1]."""
+    return (min(int(grey * LEVELS), LEVELS - 1) + 0.5) / LEVELS
+
+
+def squares_in(parts: tuple[Tensor, Tensor, Tensor], size: int, grey: float) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """One square in every picture of every part: the same for all runs."""
+    return [add_squares(part, size, 1, level(grey), torch.Generator().manual_seed(100 + k))
+            for k, part in enumerate(parts)]
 
 
 def levels_of(x: Tensor) -> Tensor:
@@ -92,10 +117,10 @@ class Watched(TrainingRun):
                 print(self.notes[-1], round(self._seconds()), flush=True)
 
 
-def counts_at(flow: Flow, size: int, n: int, seed: int, temperatures: tuple[float, ...] = TEMPERATURES) -> Tensor:
+def counts_at(flow: Flow, size: int, grey: float, n: int, seed: int, at: tuple[float, ...] = TEMPERATURES) -> Tensor:
     """(temperatures, n) numbers of squares, of the same latent draws."""
-    draws = draw_at(flow, temperatures, n, torch.Generator().manual_seed(seed))
-    return torch.stack([count_squares(x, size) for x in draws])
+    draws = draw_at(flow, at, n, torch.Generator().manual_seed(seed))
+    return torch.stack([count_squares(x, size, grey=level(grey)) for x in draws])
 
 
 def bits(flow: Flow, x: Tensor) -> float:
@@ -110,26 +135,26 @@ def rmse_at(a: Tensor, b: Tensor, where: Tensor) -> float:
     return round((a - b)[where].square().mean().sqrt().item(), 5)
 
 
-def completion(flow: Flow, truth: Tensor, painted: Tensor, observed: Tensor, size: int) -> dict:
+def completion(flow: Flow, truth: Tensor, painted: Tensor, observed: Tensor, size: int, grey: float) -> dict:
     """For every α: error in the square, change outside of it, squares left; and each picture at its own α."""
     hidden, table = ~observed[:, None].expand(truth.shape), []
     for alpha in ALPHAS:
         made = shrink(flow, painted, alpha)
         table.append({"alpha": alpha, "inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
-                      "squares": round(count_squares(made, size).double().mean().item(), 4)})
-    made, own = shrink_until_clean(flow, painted, size)
+                      "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4)})
+    made, own = shrink_until_clean(flow, painted, size, grey=grey)
     clean = {"inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
-             "squares": round(count_squares(made, size).double().mean().item(), 4),
+             "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4),
              "mean_alpha": round(own.mean().item(), 3)}
     return {"by_alpha": table, "until_clean": clean}
 
 
-def norms(flow: Flow, x: Tensor, size: int, n: int = 200) -> dict:
+def norms(flow: Flow, x: Tensor, size: int, grey: float, n: int = 200) -> dict:
     """Latent norms of pictures with other squares than the flow was trained on (appendix B, figure 6)."""
     sides = {f"{side} × {side}": (side, 1) for side in (2, 3, 5, 8)}
     result, numbers = {}, {f"{k} squares": (size, k) for k in range(4)}
     for name, (side, k) in (sides | numbers).items():
-        painted = add_squares(x[:n], side, k, 16.5 / LEVELS, torch.Generator().manual_seed(7))[0]
+        painted = add_squares(x[:n], side, k, grey, torch.Generator().manual_seed(7))[0]
         noisy = dequantize(levels_of(painted), LEVELS, torch.Generator().manual_seed(8))
         z = in_chunks(lambda rows: flow(rows)[0], noisy)
         result[name] = [round(v, 2) for v in z.norm(dim=1).tolist()]
@@ -138,7 +163,7 @@ def norms(flow: Flow, x: Tensor, size: int, n: int = 200) -> dict:
 
 def build(s: argparse.Namespace) -> Flow:
     """The untrained flow."""
-    shape, generator = (1, s.side, s.side), torch.Generator().manual_seed(s.seed)
+    shape, generator = (3 if s.data == "photo" else 1, s.side, s.side), torch.Generator().manual_seed(s.seed)
     if s.model == "realnvp":
         return ImageRealNVP(shape, s.levels, s.steps, s.hidden, generator=generator)
     return Glow(shape, s.levels, s.steps, s.hidden, s.coupling, generator=generator)
@@ -153,13 +178,11 @@ def about(s: argparse.Namespace) -> dict:
 
 def train(s: argparse.Namespace) -> None:
     """Train one flow, look at it on the way, and write what was seen."""
-    x, judge, test = pictures(s.data, s.side)
-    painted = [add_squares(part, s.size, 1, 16.5 / LEVELS, torch.Generator().manual_seed(100 + k))
-               for k, part in enumerate((x, judge, test))]
-    few = (0.3, 0.5, 0.7, 1.0, 1.3)
+    parts = pictures(s.data, s.side)
+    painted, few = squares_in(parts, s.size, s.grey), (0.3, 0.5, 0.7, 1.0, 1.3)
 
     def look(flow: Flow) -> dict:
-        counts = counts_at(flow, s.size, 500, 5, few).double().mean(1)
+        counts = counts_at(flow, s.size, s.grey, 500, 5, few).double().mean(1)
         means = {str(t): round(c, 4) for t, c in zip(few, counts.tolist(), strict=True)}
         return {"bits": bits(flow, painted[1][0]), "squares": means}
 
@@ -171,21 +194,19 @@ def train(s: argparse.Namespace) -> None:
     flow.cpu()
     if s.keep:
         torch.save(flow.state_dict(), s.keep)
-    counts = counts_at(flow, s.size, s.draws, 6)
-    alpha, errors = choose_alpha(flow, painted[0][0][:500], painted[0][1][:500, None], ALPHAS, 16.5 / LEVELS,
-                                 torch.Generator().manual_seed(9))
-    truth = add_squares(test, s.size, 3, generator=torch.Generator().manual_seed(10))
+    counts, (x, _, test) = counts_at(flow, s.size, s.grey, s.draws, 6), parts
+    alpha, errors = choose_alpha(flow, painted[0][0][:500], painted[0][1][:500, None].expand(x[:500].shape), ALPHAS,
+                                 level(s.grey), torch.Generator().manual_seed(9))
     facts = about(s) | {
         "parameters": sum(p.numel() for p in flow.parameters()), "seconds": round(run._seconds()),
         "bits": {"train": bits(flow, painted[0][0][:500]), "test": bits(flow, painted[2][0])},
         "judged": [round(v, 3) for v in run.history["validation"].tolist()], "curve": run.notes,
-        "detector": detection_scores(find_squares(truth[0], s.size), truth[2], s.size),
         "draws": s.draws, "temperatures": TEMPERATURES,
         "histogram": [torch.bincount(c, minlength=8).tolist() for c in counts],
         "alpha_second_hole": {"alpha": alpha, "errors": [round(e, 5) for e in errors]},
-        "test": completion(flow, test, painted[2][0], painted[2][1], s.size),
-        "train": completion(flow, x[:500], painted[0][0][:500], painted[0][1][:500], s.size),
-        "norms": norms(flow, test, s.size)}
+        "test": completion(flow, test, *painted[2][:2], s.size, level(s.grey)),
+        "train": completion(flow, x[:500], painted[0][0][:500], painted[0][1][:500], s.size, level(s.grey)),
+        "norms": norms(flow, test, s.size, level(s.grey))}
     s.out.mkdir(parents=True, exist_ok=True)
     write_facts(s.out / f"{s.name}.json", facts)
     if s.pictures:
@@ -203,12 +224,8 @@ def keep_pictures(flow: Flow, s: argparse.Namespace, test: Tensor, painted: Tens
 
 def rivals(s: argparse.Namespace) -> None:
     """One imputer on the same pictures, holes marked: error in the square of the test pictures."""
-    x, judge, test = pictures("mnist", 16)
-    holes = []
-    for k, part in enumerate((x, judge, test)):
-        observed = add_squares(part, s.size, generator=torch.Generator().manual_seed(100 + k))[1]
-        holes.append((part, observed[:, None]))
-    (x, seen), _, (test, seen_test) = holes
+    parts = pictures("olivetti", 16)
+    (x, _, test), (seen, _, seen_test) = parts, [o[:, None] for _, o, _ in squares_in(parts, s.size, 1.0)]
     X, X_test = (torch.where(o, p, torch.nan).numpy() for p, o in ((x, seen), (test, seen_test)))
     began = time.perf_counter()
     if s.method == "mean":
@@ -227,16 +244,34 @@ def rivals(s: argparse.Namespace) -> None:
     print(name, facts["inside"], facts["seconds"])
 
 
+def detector(s: argparse.Namespace) -> None:
+    """Precision and recall on test faces with 0 to 4 known squares, without and with noise."""
+    test, rows = pictures("olivetti", 16)[2], []
+    for size in (3, 5, 7):
+        for noise in (0.0, 0.05, 0.1):
+            for k in range(5):
+                x, _, corners = add_squares(test, size, k, level(1.0), torch.Generator().manual_seed(k))
+                x = (x + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(9))).clamp(0, 1)
+                found = find_squares(x, size, level(1.0))
+                hits = detection_scores(found, corners, size)
+                number = found.flatten(1).sum(1).double().mean().item()
+                rows.append({"size": size, "noise": noise, "squares": k, "found": number,
+                             "precision": None if math.isnan(hits[0]) else hits[0],
+                             "recall": None if math.isnan(hits[1]) else hits[1]})
+    write_facts(s.out / "detector.json", about(s) | {"pictures": len(test), "rows": rows})
+
+
 def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(dest="job", required=True)
-    one, two = jobs.add_parser("train"), jobs.add_parser("rivals")
+    one, two, three = (jobs.add_parser(name) for name in ("train", "rivals", "detector"))
     one.add_argument("name")
     one.add_argument("--model", default="glow", choices=["glow", "realnvp"])
     one.add_argument("--coupling", default="affine", choices=["affine", "additive"])
-    one.add_argument("--data", default="mnist", choices=["mnist", "olivetti"])
-    numbers = dict(side=16, size=5, epochs=40, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
+    one.add_argument("--data", default="olivetti", choices=["olivetti", "mnist", "photo"])
+    one.add_argument("--grey", type=float, default=1.0)
+    numbers = dict(side=16, size=5, epochs=24, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
     for name, value in numbers.items():
         one.add_argument(f"--{name}", type=int, default=value)
     one.add_argument("--rate", type=float, default=1e-3)
@@ -246,7 +281,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--method", default="mean", choices=["mean", "knn", *RIVALS])
     two.add_argument("--seed", type=int, default=0)
     two.add_argument("--size", type=int, default=5)
-    for job in (one, two):
+    for job in (one, two, three):
         job.add_argument("--out", type=Path, default=FOLDER)
     return parser.parse_args()
 
@@ -255,7 +290,7 @@ def main() -> None:
     """One job, one file."""
     asked = arguments()
     torch.set_num_threads(1)
-    {"train": train, "rivals": rivals}[asked.job](asked)
+    {"train": train, "rivals": rivals, "detector": detector}[asked.job](asked)
 
 
 if __name__ == "__main__":
