@@ -32,6 +32,7 @@ from missingbook.flows.missing_glow import (
     ALPHAS,
     add_squares,
     choose_alpha,
+    complete,
     count_squares,
     detection_scores,
     draw_at,
@@ -135,13 +136,17 @@ def rmse_at(a: Tensor, b: Tensor, where: Tensor) -> float:
     return round((a - b)[where].square().mean().sqrt().item(), 5)
 
 
+ROUNDS = (1, 8, 20)
+
+
 def completion(flow: Flow, truth: Tensor, painted: Tensor, observed: Tensor, size: int, grey: float) -> dict:
-    """For every α: error in the square, change outside of it, squares left; and each picture at its own α."""
+    """For every α: error in the square, also after rounds, change outside, squares left; and each picture at its own α."""
     hidden, table = ~observed[:, None].expand(truth.shape), []
     for alpha in ALPHAS:
         made = shrink(flow, painted, alpha)
+        rounds = {n: rmse_at(complete(flow, painted, ~hidden, alpha, n, grey), truth, hidden) for n in ROUNDS[1:]}
         table.append({"alpha": alpha, "inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
-                      "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4)})
+                      "rounds": rounds, "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4)})
     made, own = shrink_until_clean(flow, painted, size, grey=grey)
     clean = {"inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
              "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4),
@@ -195,17 +200,19 @@ def train(s: argparse.Namespace) -> None:
     if s.keep:
         torch.save(flow.state_dict(), s.keep)
     counts, (x, _, test) = counts_at(flow, s.size, s.grey, s.draws, 6), parts
-    alpha, errors = choose_alpha(flow, painted[0][0][:500], painted[0][1][:500, None].expand(x[:500].shape), ALPHAS,
-                                 level(s.grey), torch.Generator().manual_seed(9))
+    seen = painted[0][1][:400, None].expand(x[:400].shape)
+    second = {n: choose_alpha(flow, painted[0][0][:400], seen, ALPHAS, n, level(s.grey),
+                              torch.Generator().manual_seed(9)) for n in ROUNDS}
     facts = about(s) | {
         "parameters": sum(p.numel() for p in flow.parameters()), "seconds": round(run._seconds()),
         "bits": {"train": bits(flow, painted[0][0][:500]), "test": bits(flow, painted[2][0])},
         "judged": [round(v, 3) for v in run.history["validation"].tolist()], "curve": run.notes,
         "draws": s.draws, "temperatures": TEMPERATURES,
         "histogram": [torch.bincount(c, minlength=8).tolist() for c in counts],
-        "alpha_second_hole": {"alpha": alpha, "errors": [round(e, 5) for e in errors]},
+        "second_hole": {n: {"alpha": alpha, "errors": [round(e, 5) for e in errors]}
+                        for n, (alpha, errors) in second.items()},
         "test": completion(flow, test, *painted[2][:2], s.size, level(s.grey)),
-        "train": completion(flow, x[:500], painted[0][0][:500], painted[0][1][:500], s.size, level(s.grey)),
+        "train": completion(flow, x[:400], painted[0][0][:400], painted[0][1][:400], s.size, level(s.grey)),
         "norms": norms(flow, test, s.size, level(s.grey))}
     s.out.mkdir(parents=True, exist_ok=True)
     write_facts(s.out / f"{s.name}.json", facts)
@@ -218,8 +225,10 @@ def keep_pictures(flow: Flow, s: argparse.Namespace, test: Tensor, painted: Tens
     byte = lambda x: (x * 255).round().byte().numpy()  # noqa: E731
     draws = draw_at(flow, TEMPERATURES, 48, torch.Generator().manual_seed(6))
     made = torch.stack([shrink(flow, painted[:12], alpha) for alpha in ALPHAS])
-    np.savez_compressed(s.out / f"{s.name}.npz", draws=byte(draws), made=byte(made), truth=byte(test[:12]),
-                        painted=byte(painted[:12]), observed=observed[:12].numpy())
+    seen = observed[:12, None].expand(test[:12].shape)
+    rounds = complete(flow, painted[:12], seen, 0.8, 8, level(s.grey))
+    np.savez_compressed(s.out / f"{s.name}.npz", draws=byte(draws), made=byte(made), rounds=byte(rounds),
+                        truth=byte(test[:12]), painted=byte(painted[:12]), observed=observed[:12].numpy())
 
 
 def rivals(s: argparse.Namespace) -> None:
@@ -271,7 +280,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--coupling", default="affine", choices=["affine", "additive"])
     one.add_argument("--data", default="olivetti", choices=["olivetti", "mnist", "photo"])
     one.add_argument("--grey", type=float, default=1.0)
-    numbers = dict(side=16, size=5, epochs=24, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
+    numbers = dict(side=16, size=5, epochs=16, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
     for name, value in numbers.items():
         one.add_argument(f"--{name}", type=int, default=value)
     one.add_argument("--rate", type=float, default=1e-3)
