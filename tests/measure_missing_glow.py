@@ -140,13 +140,14 @@ ROUNDS = (1, 8, 20)
 
 
 def completion(flow: Flow, truth: Tensor, painted: Tensor, observed: Tensor, size: int, grey: float) -> dict:
-    """For every α: error in the square, also after rounds, change outside, squares left; and each picture at its own α."""
+    """For every α: error in the square, also after rounds, change outside, squares left; and at its own α."""
     hidden, table = ~observed[:, None].expand(truth.shape), []
     for alpha in ALPHAS:
         made = shrink(flow, painted, alpha)
         rounds = {n: rmse_at(complete(flow, painted, ~hidden, alpha, n, grey), truth, hidden) for n in ROUNDS[1:]}
         table.append({"alpha": alpha, "inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
-                      "rounds": rounds, "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4)})
+                      "rounds": rounds,
+                      "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4)})
     made, own = shrink_until_clean(flow, painted, size, grey=grey)
     clean = {"inside": rmse_at(made, truth, hidden), "outside": rmse_at(made, truth, ~hidden),
              "squares": round(count_squares(made, size, grey=grey).double().mean().item(), 4),

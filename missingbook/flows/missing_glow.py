@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'add_squares', 'grey_share', 'find_squares', 'count_squares', 'uncovered_pixels', 'detection_scores',
-           'draw_at', 'mean_and_interval', 'shrink', 'complete', 'second_hole', 'choose_alpha', 'shrink_until_clean',
-           'threshold_law', 'fit_threshold_law', 'GreyFlow', 'MissingGlowImputer']
+           'draw_at', 'mean_and_interval', 'threshold_law', 'fit_threshold_law', 'shrink', 'complete', 'second_hole',
+           'choose_alpha', 'shrink_until_clean', 'GreyFlow', 'MissingGlowImputer']
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000002
 import math
@@ -138,6 +138,23 @@ def mean_and_interval(counts: Int64[Tensor, "t n"]) -> tuple[Float[Tensor, " t"]
     counts = counts.double()
     return counts.mean(1), 1.96 * counts.std(1) / counts.shape[1] ** 0.5
 
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000030
+def threshold_law(
+    t: Float[Tensor, "*shape"], places: float, c: float
+) -> Float[Tensor, "*shape"]:
+    """Mean number of squares at temperature t if each of `places` has one where |t z| > c: places · 2 Φ(−c/t)."""
+    return 2 * places * torch.special.ndtr(-c / t)
+
+
+def fit_threshold_law(t: Float[Tensor, " n"], mean: Float[Tensor, " n"]) -> tuple[float, float]:
+    """(places, c) of the law that is nearest to measured means, by least squares; c on a grid from 0.02 to 6."""
+    grid = torch.arange(1, 301, dtype=torch.float64) / 50
+    shape = torch.stack([threshold_law(t.double(), 1.0, float(c)) for c in grid])
+    places = (shape * mean).sum(1) / shape.square().sum(1)
+    error = (places[:, None] * shape - mean).square().sum(1)
+    best = int(error.argmin())
+    return float(places[best]), float(grid[best])
+
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000021
 @torch.no_grad()
 def shrink(flow: Flow, x: Float[Tensor, "n c h w"], alpha: float) -> Float[Tensor, "n c h w"]:
@@ -190,7 +207,7 @@ def choose_alpha(
     errors = [(m - x)[heldout].square().mean().sqrt().item() for m in made]
     return alphas[min(range(len(alphas)), key=errors.__getitem__)], errors
 
-# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000023
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg0000b3
 def shrink_until_clean(
     flow: Flow, x: Float[Tensor, "n c h w"], size: int, alphas: Sequence[float] = ALPHAS, **detector: float
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, " n"]]:
@@ -207,23 +224,6 @@ def shrink_until_clean(
         rows = dirty.nonzero()[:, 0]
         dirty[rows] = count_squares(tried, size, **detector) > 0
     return result, chosen
-
-# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000030
-def threshold_law(
-    t: Float[Tensor, "*shape"], places: float, c: float
-) -> Float[Tensor, "*shape"]:
-    """Mean number of squares at temperature t if each of `places` has one where |t z| > c: places · 2 Φ(−c/t)."""
-    return 2 * places * torch.special.ndtr(-c / t)
-
-
-def fit_threshold_law(t: Float[Tensor, " n"], mean: Float[Tensor, " n"]) -> tuple[float, float]:
-    """(places, c) of the law that is nearest to measured means, by least squares; c on a grid from 0.02 to 6."""
-    grid = torch.arange(1, 301, dtype=torch.float64) / 50
-    shape = torch.stack([threshold_law(t.double(), 1.0, float(c)) for c in grid])
-    places = (shape * mean).sum(1) / shape.square().sum(1)
-    error = (places[:, None] * shape - mean).square().sum(1)
-    best = int(error.argmin())
-    return float(places[best]), float(grid[best])
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000040
 class GreyFlow(nn.Module):
