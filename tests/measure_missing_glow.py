@@ -5,6 +5,7 @@ r"""Measure the Missing Glow phenomenon and write results/missing_glow/NAME.json
     python tests/measure_missing_glow.py rivals --method prflow --seed 0
     python tests/measure_missing_glow.py train mnist --data mnist --grey 0.5
     python tests/measure_missing_glow.py detector
+    python tests/measure_missing_glow.py matched affine-5-0 … --weights FOLDER     after `train … --keep FOLDER/NAME.pt`
     python tests/measure_missing_glow.py train paper --side 64 --size 16 --levels 4 --steps 32 --hidden 512 \
         --batch 16 --device cuda     the paper's architecture; never run
 
@@ -15,6 +16,7 @@ framed. Photo patches: colour pictures from two photographs, in random order.
 """
 
 import argparse
+import json
 import math
 import time
 from importlib.metadata import version
@@ -255,6 +257,28 @@ def rivals(s: argparse.Namespace) -> None:
     print(name, facts["inside"], facts["seconds"])
 
 
+def matched(s: argparse.Namespace) -> None:
+    """Completion with the brightness matched, of flows whose weights were kept: FOLDER/NAME.json, WEIGHTS/NAME.pt."""
+    parts, rows = pictures("olivetti", 16), {}
+    painted = squares_in(parts, 5, 1.0)
+    (truth, seen), (x, seen_x) = ((parts[k][:200], painted[k][1][:200, None]) for k in (2, 0))
+    mean = torch.where(painted[0][1][:, None], parts[0], torch.nan).nanmean(0).expand(truth.shape)
+    gap = torch.where(seen, truth - mean, 0.0).sum((1, 2, 3), keepdim=True) / seen.sum((1, 2, 3), keepdim=True)
+    for name in s.names:
+        settings = argparse.Namespace(**json.loads((FOLDER / f"{name}.json").read_text())["settings"])
+        flow = build(settings)
+        flow.load_state_dict(torch.load(s.weights / f"{name}.pt"))
+        flow.eval()
+        rows[name] = {}
+        for n in ROUNDS:
+            alpha, errors = choose_alpha(flow, x, seen_x, ALPHAS, n, level(1.0), torch.Generator().manual_seed(9), True)
+            made = [complete(flow, truth, seen, a, n, level(1.0), True) for a in ALPHAS]
+            rows[name][n] = {"alpha": alpha, "errors": errors, "inside": [rmse_at(m, truth, ~seen) for m in made]}
+        print(name, rows[name], flush=True)
+    both = {"mean": rmse_at(mean, truth, ~seen), "mean_matched": rmse_at(mean + gap, truth, ~seen)}
+    write_facts(s.out / "matched.json", about(s) | both | {"alphas": ALPHAS, "flows": rows})
+
+
 def detector(s: argparse.Namespace) -> None:
     """Precision and recall on test faces with 0 to 4 known squares, without and with noise."""
     test, rows = pictures("olivetti", 16)[2], []
@@ -276,7 +300,9 @@ def arguments() -> argparse.Namespace:
     """What is asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     jobs = parser.add_subparsers(dest="job", required=True)
-    one, two, three = (jobs.add_parser(name) for name in ("train", "rivals", "detector"))
+    one, two, three, four = (jobs.add_parser(name) for name in ("train", "rivals", "detector", "matched"))
+    four.add_argument("names", nargs="+")
+    four.add_argument("--weights", type=Path, required=True, help="where `train --keep` put NAME.pt")
     one.add_argument("name")
     one.add_argument("--model", default="glow", choices=["glow", "realnvp"])
     one.add_argument("--coupling", default="affine", choices=["affine", "additive"])
@@ -292,7 +318,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--method", default="mean", choices=["mean", "knn", *RIVALS])
     two.add_argument("--seed", type=int, default=0)
     two.add_argument("--size", type=int, default=5)
-    for job in (one, two, three):
+    for job in (one, two, three, four):
         job.add_argument("--out", type=Path, default=FOLDER)
     return parser.parse_args()
 
@@ -301,7 +327,7 @@ def main() -> None:
     """One job, one file."""
     asked = arguments()
     torch.set_num_threads(1)
-    {"train": train, "rivals": rivals, "detector": detector}[asked.job](asked)
+    {"train": train, "rivals": rivals, "detector": detector, "matched": matched}[asked.job](asked)
 
 
 if __name__ == "__main__":

@@ -228,14 +228,33 @@ def check_linear(module):
         got = module.complete(flow, x, observed, 0.5, rounds, 0.9)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
         assert torch.equal(got[observed], x[observed])
-    assert torch.equal(module.complete(flow, torch.where(observed, x, 7.0), observed, 0.5, 2, 0.9),
-                       module.complete(flow, x, observed, 0.5, 2, 0.9))
+    for match in (False, True):
+        assert torch.equal(module.complete(flow, torch.where(observed, x, 7.0), observed, 0.5, 2, 0.9, match),
+                           module.complete(flow, x, observed, 0.5, 2, 0.9, match))
+
+
+def check_match(module):
+    """eq-missing-glow-match: a linear flow's decoded picture is moved by its mean gap at observed pixels."""
+    x = 0.3 + 0.4 * torch.rand(40, 1, 6, 6, generator=seed())
+    observed = add_squares(x, 2, 1, 1.0, seed(1))[1][:, None]
+    got = module.complete(linear(), x, observed, 0.5, 1, 0.9, True)
+    for picture, seen, made in zip(x, observed, got, strict=True):
+        decoded = 0.3 + 0.5 * (torch.where(seen, picture, 0.9) - 0.3)
+        moved = decoded + (picture - decoded)[seen].mean()
+        torch.testing.assert_close(made, torch.where(seen, picture, moved.clamp(0, 1)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("before, after", [
+    ("torch.where(observed, x - decoded, 0.0)", "(made - decoded)"), ("(decoded + gap).clamp", "(decoded - gap).clamp"),
+], ids=["the hole counts as well", "wrong way"])
+def test_the_brightness_is_that_of_the_observed_pixels(before, after):
+    mutant_fails(missing_glow, check_match, (before, after))
 
 
 @pytest.mark.parametrize("before, after", [
     ("flow.inverse(alpha * flow(rows)[0])", "flow.inverse(flow(alpha * rows)[0])"),
-    ("made = torch.where(observed, x, shrink(flow, made, alpha))", "made = shrink(flow, made, alpha)"),
-    ("made = torch.where(observed, x, grey)\n", "made = x\n"),
+    ("made = torch.where(observed, x, decoded)", "made = decoded"),
+    ("torch.where(observed, x, grey), observed.sum", "x, observed.sum"),
 ], ids=["picture scaled, not z", "observed pixels fade", "looks into the hole"])
 def test_a_linear_flow_in_closed_form(before, after):
     mutant_fails(missing_glow, check_linear, (before, after))

@@ -172,14 +172,19 @@ ALPHAS = tuple(k / 10 for k in range(1, 11))
 @torch.no_grad()
 def complete(
     flow: Flow, x: Float[Tensor, "n c h w"], observed: Bool[Tensor, "n c h w"], alpha: float, n_rounds: int = 1,
-    grey: float = 0.5,
+    grey: float = 0.5, match: bool = False,
 ) -> Float[Tensor, "n c h w"]:
     """Holes painted grey, then x ← x where observed, Φ⁻¹(α Φ(x)) in the holes, n_rounds times (@eq-missing-glow-rounds).
 
-    One round is the paper's way, observed pixels kept. What x holds in a hole has no influence. Raises as `shrink`."""
-    made = torch.where(observed, x, grey)
+    One round is the paper's way, observed pixels kept. match: what is decoded is first brought to the mean brightness that
+    the picture has where observed (@eq-missing-glow-match). What x holds in a hole has no influence. Raises as `shrink`."""
+    made, n_seen = torch.where(observed, x, grey), observed.sum((1, 2, 3), keepdim=True).clamp(min=1)
     for _ in range(n_rounds):
-        made = torch.where(observed, x, shrink(flow, made, alpha))
+        decoded = shrink(flow, made, alpha)
+        if match:
+            gap = torch.where(observed, x - decoded, 0.0).sum((1, 2, 3), keepdim=True) / n_seen
+            decoded = (decoded + gap).clamp(0, 1)
+        made = torch.where(observed, x, decoded)
     return made
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000026b
@@ -195,7 +200,7 @@ def second_hole(
 
 def choose_alpha(
     flow: Flow, x: Float[Tensor, "n c h w"], observed: Bool[Tensor, "n c h w"], alphas: Sequence[float] = ALPHAS,
-    n_rounds: int = 1, grey: float = 0.5, generator: torch.Generator | None = None,
+    n_rounds: int = 1, grey: float = 0.5, generator: torch.Generator | None = None, match: bool = False,
 ) -> tuple[float, list[float]]:
     """(α, errors): the α with the least root mean square error at a second hole, whose truth is known; all errors.
 
@@ -203,7 +208,7 @@ def choose_alpha(
     if not (observed.any(0) & ~observed.all(0)).any():  # no pixel is seen in one picture and hidden in another
         raise ValueError("no second hole can be made: give several pictures whose holes differ, or choose alpha yourself")
     heldout = second_hole(observed, generator)
-    made = (complete(flow, x, observed & ~heldout, a, n_rounds, grey) for a in alphas)
+    made = (complete(flow, x, observed & ~heldout, a, n_rounds, grey, match) for a in alphas)
     errors = [(m - x)[heldout].square().mean().sqrt().item() for m in made]
     return alphas[min(range(len(alphas)), key=errors.__getitem__)], errors
 
@@ -248,9 +253,9 @@ class MissingGlowImputer(DeepImputer):
     """Missing Glow (under review, 2021): Glow learns pictures whose holes are grey; Φ⁻¹(α Φ(x)) completes them. Images.
 
     alpha: in (0, 1], or "auto": the one that errs least at a second hole in up to 256 training pictures, 0.6 where no
-    second hole can be made (no hole, one picture). n_rounds: 1 is the paper's, see `complete`. grey: of the holes, in [0, 1]
-    between the smallest and the largest observed value; far from what whole areas show. n_levels: None for as many as fit, at
-    most 3. n_bits: 2^n_bits grey levels. The map is deterministic, draws would be alike: there is no `sample`. Raises
+    second hole can be made (no hole, one picture). n_rounds, match: see `complete`; 1 and False are the paper's. grey: of the holes,
+    in [0, 1] between the smallest and the largest observed value; far from what whole areas show. n_levels: None for as
+    many as fit, at most 3. n_bits: 2^n_bits grey levels. The map is deterministic, draws would be alike: there is no `sample`. Raises
     ValueError for sides that cannot be halved, and for tables."""
 
     _takes = ("images",)
@@ -259,10 +264,11 @@ class MissingGlowImputer(DeepImputer):
                                       "n_rounds": (1, 10**6), "grey": (0.0, 1.0)}
     _optional = (*DeepImputer._optional, "n_levels")
 
-    def __init__(self, *, alpha="auto", n_rounds=8, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
+    def __init__(self, *, alpha="auto", n_rounds=8, match=True, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
                  n_bits=5, **common):
         super().__init__(**common)
-        self.alpha, self.n_rounds, self.grey, self.n_levels, self.n_steps = alpha, n_rounds, grey, n_levels, n_steps
+        self.alpha, self.n_rounds, self.match, self.grey = alpha, n_rounds, match, grey
+        self.n_levels, self.n_steps = n_levels, n_steps
         self.hidden, self.coupling, self.n_bits = hidden, coupling, n_bits
 
     def fit(self, X: Any, y: Any = None) -> "MissingGlowImputer":
@@ -294,12 +300,13 @@ class MissingGlowImputer(DeepImputer):
         if alpha == "auto":
             able = bool((seen.any(0) & ~seen.all(0)).any())
             alpha = choose_alpha(network.flow, few, seen, ALPHAS, self.n_rounds, network.middle(network.hole),
-                                 run.order)[0] if able else 0.6
+                                 run.order, self.match)[0] if able else 0.6
         network.alpha.fill_(float(alpha))
 
     def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
         def fill(net: GreyFlow, x: Tensor, o: Tensor) -> Tensor:
-            return complete(net.flow, net.middle(net.paint(x, o)), o, float(net.alpha), self.n_rounds, net.middle(net.hole))
+            x, grey = net.middle(net.paint(x, o)), net.middle(net.hole)
+            return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
 
         return self._run(fill, x, observed)
 
