@@ -202,11 +202,19 @@ def train(s: argparse.Namespace) -> None:
     flow.cpu()
     if s.keep:
         torch.save(flow.state_dict(), s.keep)
+    s.out.mkdir(parents=True, exist_ok=True)
+    write_facts(s.out / f"{s.name}.json", about(s) | facts_of(flow, s, run, parts, painted))
+    if s.pictures:
+        keep_pictures(flow, s, parts[2], *painted[2][:2])
+
+
+def facts_of(flow: Flow, s: argparse.Namespace, run: Watched, parts: tuple, painted: list) -> dict:
+    """What is measured of a trained flow."""
     counts, (x, _, test) = counts_at(flow, s.size, s.grey, s.draws, 6), parts
     seen = painted[0][1][:200, None].expand(x[:200].shape)
     second = {n: choose_alpha(flow, painted[0][0][:200], seen, ALPHAS, n, level(s.grey),
                               torch.Generator().manual_seed(9)) for n in ROUNDS}
-    facts = about(s) | {
+    return {
         "parameters": sum(p.numel() for p in flow.parameters()), "seconds": round(run._seconds()),
         "bits": {"train": bits(flow, painted[0][0][:500]), "test": bits(flow, painted[2][0])},
         "judged": [round(v, 3) for v in run.history["validation"].tolist()], "curve": run.notes,
@@ -217,10 +225,6 @@ def train(s: argparse.Namespace) -> None:
         "test": completion(flow, test, *painted[2][:2], s.size, level(s.grey)),
         "train": completion(flow, x[:200], painted[0][0][:200], painted[0][1][:200], s.size, level(s.grey)),
         "norms": norms(flow, test, s.size, level(s.grey))}
-    s.out.mkdir(parents=True, exist_ok=True)
-    write_facts(s.out / f"{s.name}.json", facts)
-    if s.pictures:
-        keep_pictures(flow, s, test, *painted[2][:2])
 
 
 def keep_pictures(flow: Flow, s: argparse.Namespace, test: Tensor, painted: Tensor, observed: Tensor) -> None:

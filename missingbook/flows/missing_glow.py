@@ -248,30 +248,14 @@ class GreyFlow(nn.Module):
         """The middle of each level in [0, 1]: dequantization without its noise."""
         return (levels + 0.5) / self.levels
 
-# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000041
-class MissingGlowImputer(DeepImputer):
-    """Missing Glow (under review, 2021): Glow learns pictures whose holes are grey; Φ⁻¹(α Φ(x)) completes them. Images.
-
-    alpha: in (0, 1], or "auto": the one that errs least at a second hole in up to 256 training pictures, 0.6 where no
-    second hole can be made (no hole, one picture). n_rounds, match: see `complete`; 1 and False are the paper's. grey: of the holes,
-    in [0, 1] between the smallest and the largest observed value; far from what whole areas show. n_levels: None for as
-    many as fit, at most 3. n_bits: 2^n_bits grey levels. The map is deterministic, draws would be alike: there is no `sample`. Raises
-    ValueError for sides that cannot be halved, and for tables."""
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042
+class _ForPictures(DeepImputer):
+    """What an imputer that shrinks pictures in a flow's latent space checks, and how it treats pictures without marks."""
 
     _takes = ("images",)
     _chunk = 512
-    _limits = DeepImputer._limits | {"n_steps": (1, 10**6), "hidden": (1, 10**6), "n_levels": (1, 10**6), "n_bits": (1, 8),
-                                      "n_rounds": (1, 10**6), "grey": (0.0, 1.0)}
-    _optional = (*DeepImputer._optional, "n_levels")
 
-    def __init__(self, *, alpha="auto", n_rounds=8, match=True, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
-                 n_bits=5, **common):
-        super().__init__(**common)
-        self.alpha, self.n_rounds, self.match, self.grey = alpha, n_rounds, match, grey
-        self.n_levels, self.n_steps = n_levels, n_steps
-        self.hidden, self.coupling, self.n_bits = hidden, coupling, n_bits
-
-    def fit(self, X: Any, y: Any = None) -> "MissingGlowImputer":
+    def fit(self, X: Any, y: Any = None) -> "_ForPictures":
         """As `DeepImputer.fit`; also raises ValueError for another alpha or coupling, TypeError or ValueError for tables."""
         number = isinstance(self.alpha, numbers.Real) and not isinstance(self.alpha, bool)
         if not (self.alpha == "auto" if isinstance(self.alpha, str) else number and 0 < self.alpha <= 1):
@@ -285,6 +269,47 @@ class MissingGlowImputer(DeepImputer):
             raise ValueError(f"X has {getattr(X, 'ndim', 2)} axes, but {type(self).__name__} takes pictures, (n, channels, height, "
                              "width); for a table take, say, EMFlowImputer or MIWAEImputer, for pictures add the missing axes")
         return super()._new_encoder(X)
+
+    def restore(self, X: Any, size: int | None = None, alpha: float | None = None) -> Any:
+        """X, complete pictures whose holes are grey and not marked, after Φ⁻¹(α Φ(x)): every pixel may change.
+
+        size: of the grey squares; each picture then goes to the largest α at which `find_squares` finds none, and one
+        without a square stays as it is. alpha: for all; None, that of the fit. In the units of X, as floats. Raises ValueError for
+        NaN, for a size that does not fit, and for alpha outside (0, 1]."""
+        check_is_fitted(self, "network_")
+        x, observed = self._encode(X)
+        if not observed.all():
+            raise ValueError("X has NaN: where holes are marked, use transform")
+
+        def fill(net: GreyFlow, x: Tensor, observed: Tensor) -> Tensor:
+            pictures = net.middle(net.paint(x, observed))
+            if size is not None:
+                return shrink_until_clean(net.flow, pictures, size, grey=net.middle(net.hole))[0]
+            return shrink(net.flow, pictures, float(net.alpha if alpha is None else alpha))
+
+        made = self._run(fill, x, observed) if len(x) else x
+        return self._decode(made, np.full(x.shape, np.nan, dtype="float32"))
+
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000041
+class MissingGlowImputer(_ForPictures):
+    """Missing Glow (under review, 2021): Glow learns pictures whose holes are grey; Φ⁻¹(α Φ(x)) completes them. Images.
+
+    alpha: in (0, 1], or "auto": the one that errs least at a second hole in up to 256 training pictures, 0.6 where no
+    second hole can be made (no hole, one picture). n_rounds, match: see `complete`; 1 and False are the paper's. grey: of the holes,
+    in [0, 1] between the smallest and the largest observed value; far from what whole areas show. n_levels: None for as
+    many as fit, at most 3. n_bits: 2^n_bits grey levels. The map is deterministic, draws would be alike: there is no `sample`. Raises
+    ValueError for sides that cannot be halved, and for tables."""
+
+    _limits = DeepImputer._limits | {"n_steps": (1, 10**6), "hidden": (1, 10**6), "n_levels": (1, 10**6), "n_bits": (1, 8),
+                                      "n_rounds": (1, 10**6), "grey": (0.0, 1.0)}
+    _optional = (*DeepImputer._optional, "n_levels")
+
+    def __init__(self, *, alpha="auto", n_rounds=8, match=True, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
+                 n_bits=5, **common):
+        super().__init__(**common)
+        self.alpha, self.n_rounds, self.match, self.grey = alpha, n_rounds, match, grey
+        self.n_levels, self.n_steps = n_levels, n_steps
+        self.hidden, self.coupling, self.n_bits = hidden, coupling, n_bits
 
     def _build(self) -> GreyFlow:
         n_levels = _scales(self.encoder_.shape_, self.n_levels)
@@ -309,27 +334,3 @@ class MissingGlowImputer(DeepImputer):
             return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
 
         return self._run(fill, x, observed)
-
-# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042
-def _restore(self: MissingGlowImputer, X: Any, size: int | None = None, alpha: float | None = None) -> Any:
-    """X, complete pictures whose holes are grey and not marked, after Φ⁻¹(α Φ(x)): every pixel may change.
-
-    size: of the grey squares; each picture then goes to the largest α at which `find_squares` finds none, and one
-    without a square stays as it is. alpha: for all; None, that of the fit. In the units of X, as floats. Raises ValueError for
-    NaN, for a size that does not fit, and for alpha outside (0, 1]."""
-    check_is_fitted(self, "network_")
-    x, observed = self._encode(X)
-    if not observed.all():
-        raise ValueError("X has NaN: where holes are marked, use transform")
-
-    def fill(net: GreyFlow, x: Tensor, observed: Tensor) -> Tensor:
-        pictures = net.middle(net.paint(x, observed))
-        if size is not None:
-            return shrink_until_clean(net.flow, pictures, size, grey=net.middle(net.hole))[0]
-        return shrink(net.flow, pictures, float(net.alpha if alpha is None else alpha))
-
-    made = self._run(fill, x, observed) if len(x) else x
-    return self._decode(made, np.full(x.shape, np.nan, dtype="float32"))
-
-
-MissingGlowImputer.restore = _restore
