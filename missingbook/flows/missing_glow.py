@@ -304,7 +304,7 @@ class MissingGlowImputer(_ForPictures):
                                       "n_rounds": (1, 10**6), "grey": (0.0, 1.0)}
     _optional = (*DeepImputer._optional, "n_levels")
 
-    def __init__(self, *, alpha="auto", n_rounds=8, match=True, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
+    def __init__(self, *, alpha="auto", n_rounds=1, match=True, grey=0.5, n_levels=None, n_steps=8, hidden=48, coupling="affine",
                  n_bits=5, **common):
         super().__init__(**common)
         self.alpha, self.n_rounds, self.match, self.grey = alpha, n_rounds, match, grey
