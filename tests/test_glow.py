@@ -78,6 +78,10 @@ def check_actnorm(module):
     assert torch.allclose(z.var((0, 2, 3), correction=0), torch.tensor([1.0, 0, 1]), atol=1e-2)
     norm.start(x[:1, :, :1, :1])
     assert not norm.log_scale.any() and torch.equal(norm.shift, -x[0, :, 0, 0])
+    few = torch.tensor([[[[0.0, 1e-3]], [[0.0, 2.0]]]])  # two values a channel: one deviation for both
+    norm = module.ActNorm(2)
+    norm.start(few)
+    assert norm.log_scale[0] == norm.log_scale[1] and torch.allclose(norm(few)[0].square().mean(), torch.tensor(1.0))
     level = module.GlowLevel(8, 3, 8, generator=seed()).train()
     z = level(3 * torch.rand(64, 8, 4, 4, generator=seed()) + 1)[0]
     assert level.started and z.mean((0, 2, 3)).abs().max() < 0.05 and (z.std((0, 2, 3)) - 1).abs().max() < 0.1
@@ -88,10 +92,11 @@ def check_actnorm(module):
 
 @pytest.mark.parametrize("edit", [
     ("still = deviation <= 1e-5 * (1 + mean.abs())", "still = deviation < 0"),
+    ("x[:, 0].numel() < 32", "x[:, 0].numel() < 2"),
     ("self.shift.copy_(-mean)", "self.shift.copy_(mean)"),
     ("conv.weight.mul_(scale[:, None, None, None])", "pass"),
     ("        if self.training and self._waits and len(x):\n            self.start(x)\n", ""),
-], ids=["divides by nothing", "wrong mean", "networks do not start", "nobody starts"])
+], ids=["divides by nothing", "trusts two values", "wrong mean", "networks do not start", "nobody starts"])
 def test_actnorm(edit):
     mutant_fails(glow, check_actnorm, edit)
 

@@ -32,8 +32,12 @@ class ActNorm(nn.Module):
 
     @torch.no_grad()
     def start(self, x: Float[Tensor, "batch channels height width"]) -> None:
-        """Shift and scale from x. A channel that does not vary is centred, and keeps its scale."""
+        """Shift and scale from x. A channel that does not vary is centred, and keeps its scale.
+
+        Fewer than 32 values a channel say too little about its deviation: then all channels share one."""
         deviation, mean = torch.std_mean(x, dim=(0, 2, 3), correction=0)
+        if x[:, 0].numel() < 32:
+            deviation = deviation.square().mean().sqrt().expand_as(deviation)
         self.shift.copy_(-mean)
         still = deviation <= 1e-5 * (1 + mean.abs())
         self.log_scale.copy_(torch.where(still, 0.0, -deviation.clamp_min(1e-12).log()))
