@@ -27,6 +27,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 from missingbook.flows.emflow import EMFlowImputer
 from missingbook.flows.mcflow import MCFlowImputer
+from missingbook.flows.missing_glow import MissingGlowImputer
 from missingbook.flows.prflow import PRFlowImputer
 from missingbook.foundations import imputer as imputer_module
 from missingbook.foundations.autoencoder import AutoencoderImputer, DenoisingAutoencoder, residual_sigma
@@ -72,6 +73,7 @@ IMAGES = {"autoencoder": lambda **own: AutoencoderImputer(**(SMALL | own)),
           "gain": lambda **own: GAINImputer(**(SMALL_GAIN | own)),
           "miwae": lambda **own: MIWAEImputer(**(SMALL_MIWAE | own)),
           "misgan": lambda **own: MisGANImputer(**(SMALL | {"latent": 4} | own)),
+          "missing glow": lambda **own: MissingGlowImputer(**(SMALL | {"n_steps": 2, "n_rounds": 2} | own)),
           "vaeac": lambda **own: VAEACImputer(**(SMALL_VAEAC | own)),
           "marginalizer": lambda **own: MarginalizerImputer(**(SMALL_MARGINALIZER | own)),
           "gsnn": lambda **own: GSNNImputer(**(SMALL_VAEAC | own))}
