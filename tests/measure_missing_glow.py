@@ -51,7 +51,7 @@ from missingbook.vaes.vaeac import VAEACImputer
 
 FOLDER, BEGUN_AT, LEVELS = ROOT / "results" / "missing_glow", commit(), 32
 TEMPERATURES = tuple(k / 10 for k in range(1, 16))
-PRFLOW, VAEAC = dict(max_epochs=24, hidden=128, latent_hidden=256), dict(max_epochs=24)
+PRFLOW, VAEAC = dict(max_epochs=24, hidden=128, latent_hidden=256), dict(channels=())
 RIVALS = {"prflow": lambda seed: PRFlowImputer(**PRFLOW, random_state=seed, verbose=False),
           "vaeac": lambda seed: VAEACImputer(**VAEAC, random_state=seed, verbose=False)}
 
