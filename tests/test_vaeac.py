@@ -1137,6 +1137,23 @@ def test_warm_up(edit):
         mutant_fails(vaeac, check_warm_up, edit)
 
 
+def check_constant_columns(module):
+    """A column that held one value is filled and drawn with it, exactly."""
+    X = np.random.default_rng(0).normal(size=(60, 3))
+    X[:, 1], X[::3, 1], X[1::3, 2] = 7.25, np.nan, np.nan
+    imputer = module.VAEACImputer(**SMALL).fit(X)
+    for filled in (imputer.transform(X), *imputer.sample(X, 2)):
+        assert (filled[:, 1] == 7.25).all() and np.unique(filled[:, 2]).size > 40
+
+
+@pytest.mark.parametrize("edit", [("return network.constants(cell_mean(output, network.layout))",
+                                   "return cell_mean(output, network.layout)"),
+                                  ("return network.constants(torch.cat(", "return (torch.cat(")])
+def test_constant_columns(edit):
+    """Mutations: the networks fill them, in means or in draws."""
+    mutant_fails(vaeac, check_constant_columns, edit)
+
+
 def test_of_nothing_the_probability_is_one():
     """Mutation: Monte Carlo error where there is nothing to estimate."""
     x = np.random.default_rng(0).normal(size=(40, 3))

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int64
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..foundations.imputer import DeepImputer, ImageEncoder, Layout, layout_of
+from ..foundations.imputer import Constants, DeepImputer, ImageEncoder, Layout, layout_of
 from ..foundations.training import Noise, SharedNoise, TrainingRun, choose_device, in_chunks
 from missingbook.vaes.vae import (
     effective_sample_size, importance_weighted_bound, normal_log_prob, reparameterize, split_normal,
@@ -136,18 +136,7 @@ class MIWAE(nn.Module):
         self.layout, self.latent, self.scale_min, self.df_min = layout, latent, scale_min, df_min
         self.encoder = _perceptron(layout.width, hidden, depth, 2 * latent)
         self.decoder = _perceptron(latent, hidden, depth, layout.width + 2 * len(layout.numbers))
-        self.register_buffer("constant", torch.zeros(layout.width, dtype=torch.bool))
-        self.register_buffer("value", torch.zeros(layout.width))
-
-    def learn_constants(self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"]) -> None:
-        """Which columns hold one value in all their observed cells, and which value."""
-        low, high = torch.where(observed, x, math.inf).amin(0), torch.where(observed, x, -math.inf).amax(0)
-        self.constant.copy_(low == high)
-        self.value.copy_(torch.where(self.constant, low, 0.0))
-
-    def keep_constants(self, x: Float[Tensor, "n width"]) -> Float[Tensor, "n width"]:
-        """Encoded rows with these columns at their one value."""
-        return torch.where(self.constant, self.value, x)
+        self.constants = Constants(layout.width)
 
     def encode(
         self, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"]
@@ -246,7 +235,7 @@ class _Fitting(DeepImputer):
 
     def _train(self, network, x, observed, run) -> None:
         x, observed = x.to(run.device).flatten(1), observed.to(run.device).flatten(1)
-        network.learn_constants(x, observed)
+        network.constants.learn(x, observed)
         train_miwae(network, x, observed, run, self.max_epochs, self.batch_size, self.learning_rate, self.n_samples,
                     self.min_steps, self.validation_fraction)
 
@@ -277,13 +266,13 @@ class MIWAEImputer(_Fitting):
 
     def _expect(self, network, x, observed, noise) -> Tensor:
         log_weights, _, place = self._weigh(network, x, observed, noise)
-        return network.keep_constants(self_normalized_mean(log_weights, cell_mean_t(place, network.layout))).view(x.shape)
+        return network.constants(self_normalized_mean(log_weights, cell_mean_t(place, network.layout))).view(x.shape)
 
     def _draw(self, network, x, observed, noise) -> Tensor:
         log_weights, z, _ = self._weigh(network, x, observed, noise)
         chosen = resample(log_weights, noise.uniform(len(x), 1)[:, 0])
         place, scale, df = network.decode(z[chosen, torch.arange(len(x), device=z.device)])
-        return network.keep_constants(cell_draw_t(place, scale, df, network.layout, noise)).view(x.shape)
+        return network.constants(cell_draw_t(place, scale, df, network.layout, noise)).view(x.shape)
 
     def _log_prob(self, network, x, observed) -> Tensor:
         log_weights, _, _ = self._weigh(network, x, observed, SharedNoise(self.seed_, 0, x.device))

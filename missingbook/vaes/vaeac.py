@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..foundations.autoencoder import hide_more
 from missingbook.foundations.imputer import (
-    DeepImputer, ImageEncoder, Layout, _as_given, cell_draw, cell_log_prob, cell_mean, layout_of,
+    Constants, DeepImputer, ImageEncoder, Layout, _as_given, cell_draw, cell_log_prob, cell_mean, layout_of,
 )
 from ..foundations.masks import centre_hidden, half_hidden, line_observed, rectangle_hidden
 from ..foundations.mechanisms import hide
@@ -230,7 +230,7 @@ class VAEAC(nn.Module):
                  sigma_min: float | int = 1e-2):
         super().__init__()
         self.layout, self.networks, self.latent = layout, networks, latent
-        self.sigma, self.sigma_min = sigma, sigma_min
+        self.sigma, self.sigma_min, self.constants = sigma, sigma_min, Constants(layout.width)
 
     def propose(self, x: Float[Tensor, "n width"], seen: Bool[Tensor, "n width"], observed: Bool[Tensor, "n width"]
                 ) -> tuple[Float[Tensor, "n latent"], Float[Tensor, "n latent"]]:
@@ -401,9 +401,9 @@ class _VAEACFill(_VAEACNetwork):
     def _cells(self, network: VAEAC, output: Tensor, sigma: Tensor, noises: list[Noise], mean: bool) -> Tensor:
         """(k · n, width): what is expected of the cells, or one draw of each with the noise of its completion."""
         if mean:
-            return cell_mean(output, network.layout)
+            return network.constants(cell_mean(output, network.layout))
         parts = zip(output.chunk(len(noises)), noises, sigma.expand_as(output).chunk(len(noises)), strict=True)
-        return torch.cat([cell_draw(o, network.layout, noise, s) for o, noise, s in parts])
+        return network.constants(torch.cat([cell_draw(o, network.layout, noise, s) for o, noise, s in parts]))
 
     def _draw(self, network, x, observed, noise) -> Tensor:
         return self._complete_with(network, x, observed, [noise], False)[0]
@@ -514,5 +514,6 @@ class VAEACImputer(_VAEACDensity, DeepImputer):
         return super().fit(X, y)
 
     def _train(self, network, x, observed, run) -> None:
+        network.constants.learn(x.flatten(1), observed.flatten(1))
         train_vaeac(network, x.flatten(1), observed.flatten(1), run, self._hide, self.max_epochs, self.batch_size,
                     self.learning_rate, self.validation_fraction, self.min_steps, self._bound, self._score, self.warm_up)
