@@ -319,7 +319,7 @@ def train_vaeac(
     """Adam up `bound` (eq. 7), with b drawn anew by `hide` in every step; the epoch with the best `score` on rows set aside stays.
 
     An epoch is as many passes over the rows as make min_steps steps, one at least. warm_up: epochs in which the weight of
-    the divergence rises to 1, at most half of max_epochs; the bound must take it."""
+    the divergence rises to 1, at most half of max_epochs, none of which is kept; the bound must take it."""
     order = torch.randperm(len(x), generator=run.order).to(x.device)
     n_judge = min(int(validation_fraction * len(x)), 2000)
     judge, learn = (tuple(t[rows] for t in (x, observed)) for rows in (order[:n_judge], order[n_judge:]))
@@ -340,7 +340,8 @@ def train_vaeac(
         if n_judge:
             value = score(network, *judge, shown, run.noise)
             run.log(validation=value)
-            run.watch(value)
+            if epoch + 1 >= warm_up:  # a light divergence flatters the first epochs
+                run.watch(value)
 
 # %% ../../nbs/05_vaes/03_vaeac.ipynb #va000040
 class _VAEACNetwork:
