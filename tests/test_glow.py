@@ -236,6 +236,7 @@ def check_memory(module):
     assert kept[32, True] < 0.05 * kept[32, False]
 
 
+@pytest.mark.filterwarnings("ignore:this flow was never started")
 def test_memory():
     mutant_fails(glow, check_memory, (
         "        z, log_det = level.run(x, weight, bias)\n",
@@ -291,6 +292,7 @@ def test_temperature():
                                            "self.base.sample(n, 1.0, generator)"))
 
 
+@pytest.mark.filterwarnings("ignore:this flow was never started")
 def test_centred():
     "The middle of the pixels' range goes to zero where nothing was started or learned."
     assert not Glow((1, 4, 4), 2, 2, 4, generator=seed()).eval()(torch.full((2, 1, 4, 4), 0.5))[0].any()
