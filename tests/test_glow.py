@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from missingbook.flows import glow
 from missingbook.flows.coupling import bits_per_dimension, dequantize
-from missingbook.flows.glow import ActNorm, CouplingNetwork, Glow, GlowLevel, InvertibleConv, SplitPrior
+from missingbook.flows.glow import ActNorm, CouplingNetwork, Glow, GlowLevel, InvertibleConv, SplitPrior, reversible_gap
 from missingbook.flows.realnvp import train_flow
 from missingbook.foundations.training import TrainingRun
 
@@ -235,6 +236,7 @@ def check_memory(module):
     assert kept[32, True] < 0.05 * kept[32, False]
 
 
+@pytest.mark.filterwarnings("ignore:this flow was never started")
 def test_memory():
     mutant_fails(glow, check_memory, (
         "        z, log_det = level.run(x, weight, bias)\n",
@@ -290,6 +292,7 @@ def test_temperature():
                                            "self.base.sample(n, 1.0, generator)"))
 
 
+@pytest.mark.filterwarnings("ignore:this flow was never started")
 def test_centred():
     "The middle of the pixels' range goes to zero where nothing was started or learned."
     assert not Glow((1, 4, 4), 2, 2, 4, generator=seed()).eval()(torch.full((2, 1, 4, 4), 0.5))[0].any()
@@ -302,9 +305,12 @@ def test_bad_input():
     refuses(lambda: Glow((1, 28, 28), 3), ValueError, "28 × 28 pixels cannot be halved 3 times: .* 32 × 32, or .*=2")
     refuses(lambda: Glow((1, 7, 8), 1), ValueError, "pad the images to 8 × 8$")
     refuses(lambda: Glow((1, 8), 1), ValueError, "give \\(channels, height, width\\)")
-    refuses(lambda: Glow((1, 8, 8), 0), ValueError, "levels, each 1 or more")
-    refuses(lambda: Glow((1, 8, 8), 2, 0), ValueError, "1 step or more")
-    refuses(lambda: Glow((1, 8, 8), 2, 2, 0), ValueError, "use 1 or more")
+    refuses(lambda: Glow((1, 8, 8), 0), ValueError, "n_levels=0: use 1 or more")
+    refuses(lambda: Glow((1, 8, 8), 2, 0), ValueError, "n_steps=0: use 1 or more")
+    refuses(lambda: Glow((1, 8, 8), 2, 2, 0), ValueError, "hidden=0: use 1 or more")
+    refuses(lambda: Glow((1, 8, 8), 2, 2, 8.5), TypeError, "hidden=8.5: use a whole number")
+    refuses(lambda: Glow((1, 8, 8), 2.0), TypeError, "n_levels=2.0: use a whole number")
+    refuses(lambda: ActNorm(0), ValueError, "channels=0: use 1 or more")
     refuses(lambda: Glow((1, 8, 8), 2, coupling="afine"), ValueError, "it is 'affine' or 'additive'")
     refuses(lambda: GlowLevel(3), ValueError, "even number of channels")
     refuses(lambda: InvertibleConv(0), ValueError, "use 1 or more")
@@ -318,7 +324,184 @@ def test_bad_input():
     refuses(lambda: flow.start(x[:0]), ValueError, "no pictures")
     refuses(lambda: flow.start(x / 0), ValueError, "NaN or infinite")
     refuses(lambda: flow.log_prob(x / 0), ValueError, "NaN or infinite")
-    refuses(lambda: flow.inverse(torch.zeros(2, 31)), ValueError, "needed is \\(batch, 32\\)")
+    refuses(lambda: flow.inverse(torch.zeros(2, 31)), ValueError, "built for \\(batch, 32\\)")
+    refuses(lambda: flow.inverse(torch.zeros(2, 32).double()), TypeError, "z is torch.float64, the weights are")
+    refuses(lambda: flow((x * 255).byte()), TypeError, "x is torch.uint8; needed is torch.float32: dequantize")
+    refuses(lambda: flow.sample(2.0), TypeError, "n=2.0: the number of draws, a whole number")
+    refuses(lambda: reversible_gap(flow, x[:0]), ValueError, "0 pictures")
+    refuses(lambda: reversible_gap(torch.nn.Identity(), x), ValueError, "0 levels")
     refuses(lambda: flow.sample(-1), ValueError, "0 or more")
     refuses(lambda: flow.sample(1, -0.5), ValueError, "temperature")
     refuses(lambda: ActNorm(3)(x), ValueError, "built for \\(batch, 3\\)")
+
+
+def raised(call, kind):
+    "The words of the error, or an AssertionError where there is none of this kind."
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+    raise AssertionError("nothing was raised")
+
+
+def check_messages(module):
+    "Wrong sizes and dtypes are named, as a user without shape checks meets them."
+    flow, x = module.Glow((2, 4, 4), 1, 1, 4, generator=seed()), torch.rand(3, 2, 4, 4, generator=seed())
+    assert "hidden=8.5: use a whole number" in raised(lambda: module.Glow((1, 8, 8), 2, 2, 8.5), TypeError)
+    assert "n_levels=2.0: use a whole number" in raised(lambda: module.Glow((1, 8, 8), 2.0), TypeError)
+    assert "channels=0: use 1 or more" in raised(lambda: module.ActNorm(0), ValueError)
+    assert "hidden=0: use 1 or more" in raised(lambda: module.Glow((1, 8, 8), 2, 2, 0), ValueError)
+    assert "dequantize whole numbers" in raised(lambda: flow((x * 255).byte()), TypeError)
+    assert "z is torch.float64" in raised(lambda: flow.inverse(torch.zeros(2, 32).double()), TypeError)
+    assert "a whole number" in raised(lambda: flow.sample(2.0), TypeError)
+
+
+@pytest.mark.parametrize("edit", [
+    ('if not hasattr(value, "__index__")', "if False"),
+    ("if value < 1:", "if False:"),
+    ("if not x.is_floating_point():", "if False:"),
+    ('self._check_input(z, (self.base.mean.numel(),), "z")', "pass"),
+    ('if not hasattr(n, "__index__")', "if False"),
+], ids=["whole sizes", "small sizes", "whole pixels", "z's dtype", "whole draws"])
+def test_messages(edit):
+    check_messages(copy_of(glow))  # without the hook that checks shapes and kinds
+    with pytest.raises(AssertionError):
+        check_messages(copy_of(glow, edit))
+
+
+def check_start_from_nan(module):
+    "One NaN starts nothing, in training mode; a start that is refused leaves mode and actnorms as they were."
+    flow = module.Glow((1, 4, 4), 1, 2, 4, generator=seed())
+    x = torch.rand(16, 1, 4, 4, generator=seed())
+    bad = x.clone()
+    bad[3, 0, 1, 1] = math.nan
+    assert "1 NaN or infinite entries: no actnorm" in raised(lambda: flow(bad), ValueError)
+    assert not flow.levels[0].started and not flow.levels[0].actnorms[0].shift.any()
+    flow(x)
+    assert flow.levels[0].started and torch.isfinite(flow.levels[0].actnorms[0].shift).all()
+    flow.eval()
+    raised(lambda: flow.start(x.double()), TypeError)
+    before = flow.levels[0].actnorms[0].shift.clone()
+    assert not flow.training and torch.equal(flow.train()(5 * x)[0], flow(5 * x)[0])
+    assert torch.equal(before, flow.levels[0].actnorms[0].shift)
+
+
+@pytest.mark.parametrize("edit", [
+    ("        if not torch.isfinite(x).all():\n", "        if False:\n"),
+    ("        self._check_input(x, self.shape)\n        self.check(x)\n", "        self.check(x)\n"),
+], ids=["starts from NaN", "waits again after a refusal"])
+def test_start_from_nan(edit):
+    mutant_fails(glow, check_start_from_nan, edit)
+
+
+def check_warning(module):
+    "Evaluated without a start a flow warns once; started, it never does."
+    x = torch.rand(8, 1, 4, 4, generator=seed())
+    for started in (False, True):
+        flow = module.Glow((1, 4, 4), 1, 2, 4, generator=seed()).eval()
+        if started:
+            flow.start(x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(3):
+                flow.log_prob(x)
+        told = [w for w in caught if w.category is RuntimeWarning and "never started" in str(w.message)]
+        assert len(told) == (0 if started else 1)
+
+
+@pytest.mark.parametrize("edit", [
+    ("            self._look()\n", "            pass\n"),
+    ("        self._looked = True\n", ""),
+    ("if any(level._waits for level in self.levels):", "if True:"),
+], ids=["never", "always", "also when started"])
+def test_warning(edit):
+    mutant_fails(glow, check_warning, edit)
+
+
+def steep(module, deviation, coupling="affine"):
+    "A started level with orthogonal W, whose networks' last convolutions have weights of this deviation."
+    level = module.GlowLevel(8, 8, 16, coupling, lu=False, generator=seed())
+    x = torch.randn(16, 8, 4, 4, generator=seed())
+    level.start(x)
+    for k, network in enumerate(level.networks):
+        network.last.weight.data.normal_(0, deviation, generator=seed(k))
+    return level, x
+
+
+def check_gap(module):
+    "Rounding where all is well, above 1 where networks are steep though W is orthogonal; modes stay as they were."
+    level, x = steep(module, 0.02)
+    level.reversible = True
+    assert 0 < module.reversible_gap(level, x) < 1e-2 and module.reversible_gap(level.double(), x.double()) < 1e-9
+    assert level.reversible and level.training
+    level, x = steep(module, 0.6)
+    assert module.reversible_gap(level, x) > 1
+    level.networks[0].last.bias.data.fill_(math.inf)
+    assert module.reversible_gap(level, x) == math.inf
+    flow, x = trained(module, (1, 8, 8), 2, 2)
+    flow.train().levels[0].networks[0].requires_grad_(False)
+    assert 0 < module.reversible_gap(flow, x) < 1e-9 and not any(layer.reversible for layer in flow.levels)
+
+
+@pytest.mark.parametrize("edit", [
+    ("level.reversible = reversible\n            pair", "level.reversible = False\n            pair"),
+    ("level.reversible = mode", "level.reversible = False"),
+    ("    flow.eval()  # a comparison starts nothing\n    try:", "    flow.eval()\n    was = False\n    try:"),
+    ("if all(map(math.isfinite, gaps)) else math.inf", "if True else math.inf"),
+    ("*(w for w in weights if w.requires_grad)]", "*weights]"),
+], ids=["one mode only", "changes the mode", "stays in eval", "NaN is no number", "frozen weights"])
+def test_gap(edit):
+    if "*weights" in edit[1]:  # torch refuses to differentiate by a frozen weight
+        mutant = copy_of(glow, edit)
+        with pytest.raises(RuntimeError):
+            check_gap(mutant)
+        return
+    mutant_fails(glow, check_gap, edit)
+
+
+def test_frozen_network():
+    "A frozen network gets no gradient, the others those of the ordinary mode."
+    flow, x = trained(glow, (1, 8, 8), 2, 3)
+    flow.levels[0].networks[1].requires_grad_(False)
+    flow.levels[1].networks[0].first.requires_grad_(False)
+    pair = []
+    for reversible in (False, True):
+        for level in flow.levels:
+            level.reversible = reversible
+        flow.zero_grad()
+        (-flow.log_prob(x).mean()).backward()
+        pair.append({name: w.grad for name, w in flow.named_parameters()})
+    for name, exact in pair[0].items():
+        assert (exact is None) == (pair[1][name] is None)
+        assert exact is None or torch.allclose(exact, pair[1][name], rtol=1e-7, atol=1e-12), name
+
+
+def check_own_parameters(module):
+    "The backward pass refuses parameters that were swapped for the forward pass, or have changed since."
+    flow, x = trained(module, (1, 8, 8), 1, 2, reversible=True)
+    doubled = {name: (2 * w).detach().requires_grad_() for name, w in flow.named_parameters()}
+    loss = torch.func.functional_call(flow, doubled, (x,))[0].sum()
+    assert "functional_call" in raised(loss.backward, RuntimeError)
+    loss = flow(x)[0].sum()
+    with torch.no_grad():
+        flow.levels[0].networks[0].last.bias.add_(1)
+    assert "inplace" in raised(loss.backward, RuntimeError)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda tensor: tensor):  # copies, as save_on_cpu makes
+        loss = flow(x)[0].sum()
+    loss.backward()
+
+
+@pytest.mark.parametrize("edit", [
+    ("        _check_own(level, ctx.parameters)\n", ""),
+    ("ctx.save_for_backward(z, weight, bias, *parameters)", "ctx.save_for_backward(z, weight, bias)"),
+    ("_check_own(level, ctx.parameters)", "_check_own(level, ctx.saved_tensors[3:])"),
+], ids=["swapped", "changed", "copies"])
+def test_own_parameters(edit):
+    if "saved_tensors" in edit[1]:  # it refuses what is right
+        mutant = copy_of(glow, edit)
+        with pytest.raises(RuntimeError):
+            check_own_parameters(mutant)
+        return
+    mutant_fails(glow, check_own_parameters, edit)
