@@ -271,7 +271,7 @@ class GreyFlow(nn.Module):
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042
 class _ForPictures(DeepImputer):
-    """What an imputer that shrinks pictures in a flow's latent space checks, and how it treats pictures without marks."""
+    """What an imputer that shrinks pictures in a flow's latent space checks."""
 
     _takes = ("images",)
     _chunk = 512
@@ -291,6 +291,17 @@ class _ForPictures(DeepImputer):
             raise ValueError(f"X has {getattr(X, 'ndim', 2)} axes, but {type(self).__name__} takes pictures, (n, channels, height, "
                              "width); for a table take, say, EMFlowImputer or MIWAEImputer, for pictures add the missing axes")
         return super()._new_encoder(X)
+
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042b
+class _Shrinks(_ForPictures):
+    """How such an imputer treats pictures, with marks and without."""
+
+    def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
+        def fill(net: GreyFlow, x: Tensor, o: Tensor) -> Tensor:
+            x, grey = net.middle(net.paint(x, o)), net.middle(net.hole)
+            return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
+
+        return self._run(fill, x, observed)
 
     def restore(self, X: Any, size: Any = None, alpha: Any = None) -> Any:
         """X, complete pictures whose holes are grey and not marked, after Φ⁻¹(α Φ(x)): every pixel may change.
@@ -320,7 +331,7 @@ class _ForPictures(DeepImputer):
         return self._decode(made, np.full(x.shape, np.nan, dtype="float32"))
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000041
-class MissingGlowImputer(_ForPictures):
+class MissingGlowImputer(_Shrinks):
     """Missing Glow (under review, 2021): Glow learns pictures whose holes are grey; Φ⁻¹(α Φ(x)) completes them. Images.
 
     alpha: in (0, 1], or "auto": the one that errs least at a second hole in up to 256 training pictures, 0.6 where no
@@ -357,10 +368,3 @@ class MissingGlowImputer(_ForPictures):
             alpha = choose_alpha(network.flow, few, seen, ALPHAS[:-1], self.n_rounds, network.middle(network.hole),
                                  run.order, self.match)[0] if able else 0.6
         network.alpha.fill_(float(alpha))
-
-    def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
-        def fill(net: GreyFlow, x: Tensor, o: Tensor) -> Tensor:
-            x, grey = net.middle(net.paint(x, o)), net.middle(net.hole)
-            return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
-
-        return self._run(fill, x, observed)
