@@ -18,6 +18,7 @@ from missingbook.flows.missing_glow import (
     MissingGlowImputer,
     add_squares,
     choose_alpha,
+    complete,
     count_squares,
     detection_scores,
     draw_at,
@@ -96,6 +97,8 @@ def test_no_square_and_the_same_seed():
     assert torch.equal(painted, x) and observed.all() and corners.shape == (3, 0, 2)
     assert torch.equal(add_squares(x, 3, generator=seed(4))[0], add_squares(x, 3, generator=seed(4))[0])
     refuses(lambda: add_squares(x, 9), ValueError, "does not fit")
+    for n_squares in (-2, 1.5, True):
+        refuses(lambda n=n_squares: add_squares(x, 3, n), ValueError, "n_squares")
 
 
 def strokes(n=400):
@@ -139,8 +142,19 @@ def test_the_detector_takes_all_channels_and_no_edge():
     assert count_squares(line, 3).tolist() == [0] and grey_share(line, 2)[0, 3].min() == 1
     none = torch.zeros(0, 1, 8, 8)
     assert find_squares(none, 3).shape == (0, 6, 6) and count_squares(none, 3).shape == (0,)
-    for size in (0, 9):
+    for size in (0, 9, 2.5, True):
         refuses(lambda size=size: find_squares(grey, size), ValueError, "size=")
+
+
+def check_most(module):
+    """A white picture is full of squares; the count ends at max_squares, 12."""
+    white = torch.ones(1, 1, 12, 12)
+    assert module.count_squares(white, 2, grey=1.0).tolist() == [12]
+    assert module.find_squares(white, 2, grey=1.0, max_squares=40).sum() == 36
+
+
+def test_the_count_ends_at_max_squares():
+    mutant_fails(missing_glow, check_most, ("max_squares: int = 12", "max_squares: int = 50"))
 
 
 def test_two_squares_a_pixel_apart_and_one_that_is_hidden():
@@ -173,7 +187,9 @@ def test_temperature():
     mutant_fails(missing_glow, check_temperature, ("flow.inverse(t * rows)", "flow.inverse(t**2 * rows)"))
     for t in (0.0, -1.0, NAN, math.inf):
         refuses(lambda t=t: draw_at(linear(), [1.0, t], 3), ValueError, "temperatures")
-    refuses(lambda: draw_at(linear(), [1.0], 0), ValueError, "n=0")
+    refuses(lambda: draw_at(linear(), [], 3), ValueError, "give 1 or more")
+    for n in (0, 2.5, True):
+        refuses(lambda n=n: draw_at(linear(), [1.0], n), ValueError, "n=")
 
 
 def check_interval(module):
@@ -194,12 +210,12 @@ def check_law(module):
     z = torch.randn(40_000, 3, generator=seed(), dtype=torch.float64)
     simulated = torch.stack([((s * z).abs() > 1.2).double().sum(1).mean() for s in t])
     assert (module.threshold_law(t, 3.0, 1.2) - simulated).abs().max() < 0.03
-    places, c = module.fit_threshold_law(t, threshold_law(t, 2.5, 1.3))
-    assert abs(places - 2.5) < 1e-6 and abs(c - 1.3) < 1e-9
+    height, c = module.fit_threshold_law(t, threshold_law(t, 2.5, 1.3))
+    assert abs(height - 2.5) < 1e-6 and abs(c - 1.3) < 1e-9
 
 
 @pytest.mark.parametrize("before, after", [
-    ("return 2 * places * torch", "return places * torch"),
+    ("return 2 * height * torch", "return height * torch"),
     ("torch.special.ndtr(-c / t)", "torch.special.ndtr(-c * t)"),
 ], ids=["one side", "t turned over"])
 def test_the_threshold_law(before, after):
@@ -260,9 +276,16 @@ def test_a_linear_flow_in_closed_form(before, after):
     mutant_fails(missing_glow, check_linear, (before, after))
 
 
-@pytest.mark.parametrize("alpha", [0.0, -0.5, 1.01, NAN])
+@pytest.mark.parametrize("alpha", [0.0, -0.5, 1.01, NAN, True, "auto"])
 def test_alpha_has_limits(alpha):
     refuses(lambda: shrink(linear(), torch.rand(2, 1, 6, 6), alpha), ValueError, "alpha=")
+
+
+def test_match_is_true_or_false():
+    x, holes = torch.rand(2, 1, 6, 6), digits(20)[1]
+    refuses(lambda: complete(linear(), x, x > 0.5, 0.5, match="no"), ValueError, "match='no'")
+    imputer = MissingGlowImputer(**QUICK).fit(holes).set_params(match="no")
+    refuses(lambda: imputer.transform(holes), ValueError, "match='no'")
 
 
 def check_choice(module):
@@ -272,7 +295,7 @@ def check_choice(module):
     junk = torch.where(observed, x, torch.rand(x.shape, generator=seed(3)))
     results = [module.choose_alpha(linear(), y, observed, n_rounds=1, grey=0.9, generator=seed(4)) for y in (x, junk)]
     assert results[0][0] == 0.5 and results[0] == results[1] and results[0][1][4] < 1e-5
-    assert abs(results[0][1][9] - 0.3) < 1e-5
+    assert len(results[0][1]) == 9 and abs(results[0][1][8] - 0.24) < 1e-5  # α = 0.9; 1 is no candidate
 
 
 @pytest.mark.parametrize("before, after", [
@@ -342,6 +365,29 @@ def test_save_and_load_keep_alpha(tmp_path):
     assert np.array_equal(loaded.transform(holes), imputer.transform(holes))
 
 
+def check_candidates(module):
+    """Holes as grey as the truth: α = 1 would err least at the second hole, and is no candidate."""
+    flat = np.full((20, 1, 8, 8), 0.3, "float32")
+    flat[:, :, 0, 0], flat[:, :, 7, 7] = 0, 1
+    for k in range(20):
+        flat[k, :, 2 + k % 3 : 4 + k % 3, 2:4] = NAN
+    assert module.MissingGlowImputer(**QUICK | dict(match=False), grey=0.3).fit(flat).network_.alpha.item() < 0.95
+
+
+def test_auto_never_chooses_no_change():
+    mutant_fails(missing_glow, check_candidates, ("few, seen, ALPHAS[:-1], self", "few, seen, ALPHAS, self"))
+
+
+def test_a_parameter_of_the_fit_does_nothing_before_the_next_one():
+    """As the docstring says: alpha, grey, n_bits and coupling act at fit, n_rounds and match at once."""
+    holes = digits(30)[1]
+    imputer = MissingGlowImputer(**QUICK, alpha=0.5).fit(holes)
+    before = imputer.transform(holes)
+    imputer.set_params(alpha=0.9, grey=1.0, n_bits=3, coupling="additive")
+    assert np.array_equal(imputer.transform(holes), before)
+    assert not np.array_equal(imputer.set_params(n_rounds=5).transform(holes), before)
+
+
 def test_restore():
     x, holes = digits()
     grey = np.where(np.isnan(holes), np.float32(1), x)
@@ -356,8 +402,14 @@ def test_restore():
         imputer.restore(holes)
     with pytest.raises(ValueError, match="alpha="):
         imputer.restore(grey, alpha=1.5)
-    with pytest.raises(ValueError, match="size=9"):
-        imputer.restore(grey, size=9)
+    for own, words in ((dict(size=9), "size=9"), (dict(size=2.5), "size=2.5"), (dict(size=True), "size=True"),
+                       (dict(alpha="auto"), "alpha='auto'"), (dict(alpha=True), "alpha=True"),
+                       (dict(size=3, alpha=0.5), "not both")):
+        with pytest.raises(ValueError, match=words):
+            imputer.restore(grey, **own)
+    no_square = imputer.restore(x, size=3)  # pictures without a square are rounded to levels, no more
+    clean_already = ~count_squares(torch.tensor(x), 3, grey=1.0).bool().numpy()
+    assert clean_already.any() and 0 < np.abs(no_square - x)[clean_already].max() <= 0.5 / 32 + 1e-6
 
 
 def test_grey_levels_from_0_to_255():
@@ -404,7 +456,7 @@ def test_tables_are_refused_with_a_way_out():
 
 @pytest.mark.parametrize("own, words", [
     (dict(alpha=0), "alpha=0"), (dict(alpha=1.2), "alpha=1.2"), (dict(alpha="best"), "alpha='best'"),
-    (dict(alpha=NAN), "alpha"),
+    (dict(alpha=NAN), "alpha"), (dict(match="no"), "match='no'"), (dict(match=1), "match=1"),
     (dict(alpha=True), "alpha=True"), (dict(alpha=None), "alpha=None"), (dict(coupling="linear"), "coupling"),
     (dict(n_bits=0), "n_bits"), (dict(n_bits=9), "n_bits"), (dict(n_rounds=0), "n_rounds"), (dict(grey=1.5), "grey"),
     (dict(hidden=0), "hidden"), (dict(n_steps=1.5), "n_steps"), (dict(n_levels=0), "n_levels"),

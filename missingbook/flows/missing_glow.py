@@ -28,13 +28,23 @@ from ..foundations.masks import grey_square
 from ..foundations.training import TrainingRun, in_chunks
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000010
+def _check_size(size: Any, sides: Sequence[int]) -> None:
+    """Raises ValueError unless size is a whole number, and a square of that side fits."""
+    whole = isinstance(size, numbers.Integral) and not isinstance(size, bool)
+    if not (whole and 1 <= size <= min(sides)):
+        raise ValueError(f"size={size!r} does not fit: in pictures of {tuple(sides)} a square has a whole side from 1 to {min(sides)}")
+
+
 def add_squares(
     x: Float[Tensor, "n c h w"], size: int, n_squares: int = 1, grey: float = 0.5, generator: torch.Generator | None = None
 ) -> tuple[Float[Tensor, "n c h w"], Bool[Tensor, "n h w"], Int64[Tensor, "n k 2"]]:
     """Paint grey squares into pictures: (painted, observed, corners), corners (row, column) of each square.
 
     Missing Glow, section 3: one square of size × size pixels, at a uniform place, drawn once. n_squares: 0 or more; they
-    may overlap. Raises ValueError if a square does not fit."""
+    may overlap. Raises ValueError if a square does not fit, and for n_squares that is no whole number or below 0."""
+    if isinstance(n_squares, bool) or not isinstance(n_squares, numbers.Integral) or n_squares < 0:
+        raise ValueError(f"n_squares={n_squares!r}: it is a whole number, 0 or more")
+    _check_size(size, x.shape[2:])
     n, _, height, width = x.shape
     each = [grey_square((n, height, width), size, generator) for _ in range(n_squares)]
     observed = torch.ones(n, height, width, dtype=torch.bool)
@@ -52,8 +62,7 @@ def grey_share(
     """For every window of size × size pixels the share of those within `tolerance` of grey in all channels.
 
     Raises ValueError if no window fits."""
-    if not 1 <= size <= min(x.shape[2:]):
-        raise ValueError(f"size={size}: a window of {tuple(x.shape[2:])} pictures has 1 to {min(x.shape[2:])}")
+    _check_size(size, x.shape[2:])
     near = ((x - grey).abs() <= tolerance).all(1, keepdim=True).float()
     return F.avg_pool2d(near, size, 1)[:, 0]
 
@@ -84,7 +93,7 @@ def find_squares(
 
 
 def count_squares(x: Float[Tensor, "n c h w"], size: int, **detector: float) -> Int64[Tensor, " n"]:
-    """How many grey squares each picture shows; detector: the settings of `find_squares`."""
+    """How many grey squares each picture shows, max_squares (12) at most; detector: the settings of `find_squares`."""
     return find_squares(x, size, **detector).flatten(1).sum(1)
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000013
@@ -125,9 +134,12 @@ def draw_at(
 ) -> Float[Tensor, "t n c h w"]:
     """Pictures Φ⁻¹(t z) of the same n latent draws z at every temperature, clipped to [0, 1] (@eq-missing-glow-temperature).
 
-    Raises ValueError for a temperature that is not finite and above 0, and for n below 1."""
-    if n < 1 or not all(0 < t < math.inf for t in temperatures):
-        raise ValueError(f"n={n}, temperatures={list(temperatures)}: give 1 picture or more, temperatures above 0")
+    Raises ValueError without a temperature, for one that is not finite and above 0, and for n that is no whole number
+    or below 1."""
+    if isinstance(n, bool) or not isinstance(n, numbers.Integral) or n < 1:
+        raise ValueError(f"n={n!r}: give a whole number of pictures, 1 or more")
+    if not len(temperatures) or not all(0 < t < math.inf for t in temperatures):
+        raise ValueError(f"temperatures={list(temperatures)}: give 1 or more, each finite and above 0")
     z = flow.base.sample(n, 1.0, generator)
     return torch.stack([in_chunks(lambda rows, t=t: flow.inverse(t * rows)[0], z, chunk=512, home=z.device).clamp(0, 1)
                         for t in temperatures])
@@ -140,29 +152,34 @@ def mean_and_interval(counts: Int64[Tensor, "t n"]) -> tuple[Float[Tensor, " t"]
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000030
 def threshold_law(
-    t: Float[Tensor, "*shape"], places: float, c: float
+    t: Float[Tensor, "*shape"], height: float, c: float
 ) -> Float[Tensor, "*shape"]:
-    """Mean number of squares at temperature t if each of `places` has one where |t z| > c: places · 2 Φ(−c/t)."""
-    return 2 * places * torch.special.ndtr(-c / t)
+    """2 · height · Φ(−c/t), with the normal distribution function Φ; height: the limit for large t."""
+    return 2 * height * torch.special.ndtr(-c / t)
 
 
 def fit_threshold_law(t: Float[Tensor, " n"], mean: Float[Tensor, " n"]) -> tuple[float, float]:
-    """(places, c) of the law that is nearest to measured means, by least squares; c on a grid from 0.02 to 6."""
+    """(height, c) of the law that is nearest to measured means, by least squares; c on a grid from 0.02 to 6."""
     grid = torch.arange(1, 301, dtype=torch.float64) / 50
     shape = torch.stack([threshold_law(t.double(), 1.0, float(c)) for c in grid])
-    places = (shape * mean).sum(1) / shape.square().sum(1)
-    error = (places[:, None] * shape - mean).square().sum(1)
+    height = (shape * mean).sum(1) / shape.square().sum(1)
+    error = (height[:, None] * shape - mean).square().sum(1)
     best = int(error.argmin())
-    return float(places[best]), float(grid[best])
+    return float(height[best]), float(grid[best])
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000021
+def _check_alpha(alpha: Any) -> None:
+    """Raises ValueError unless alpha is a number in (0, 1]."""
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real) or not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha!r}: give a number above 0, where every picture is the same, and at most 1, no change")
+
+
 @torch.no_grad()
 def shrink(flow: Flow, x: Float[Tensor, "n c h w"], alpha: float) -> Float[Tensor, "n c h w"]:
     """Φ⁻¹(α Φ(x)), clipped to [0, 1]: towards the middle of the latent space (@eq-missing-glow-shrink).
 
     Raises ValueError for α outside (0, 1]."""
-    if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha}: it lies above 0, where every picture is the same, and at most at 1, no change")
+    _check_alpha(alpha)
     return in_chunks(lambda rows: flow.inverse(alpha * flow(rows)[0])[0], x, chunk=512, home=x.device).clamp(0, 1)
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000022
@@ -177,7 +194,10 @@ def complete(
     """Holes painted grey, then x ← x where observed, Φ⁻¹(α Φ(x)) in the holes, n_rounds times (@eq-missing-glow-rounds).
 
     One round is the paper's way, observed pixels kept. match: what is decoded is first brought to the mean brightness that
-    the picture has where observed (@eq-missing-glow-match). What x holds in a hole has no influence. Raises as `shrink`."""
+    the picture has where observed (@eq-missing-glow-match). What x holds in a hole has no influence. Raises as `shrink`,
+    and ValueError for a match that is neither True nor False."""
+    if not isinstance(match, (bool, np.bool_)):
+        raise ValueError(f"match={match!r}: it is True or False")
     made, n_seen = torch.where(observed, x, grey), observed.sum((1, 2, 3), keepdim=True).clamp(min=1)
     for _ in range(n_rounds):
         decoded = shrink(flow, made, alpha)
@@ -199,11 +219,12 @@ def second_hole(
 
 
 def choose_alpha(
-    flow: Flow, x: Float[Tensor, "n c h w"], observed: Bool[Tensor, "n c h w"], alphas: Sequence[float] = ALPHAS,
+    flow: Flow, x: Float[Tensor, "n c h w"], observed: Bool[Tensor, "n c h w"], alphas: Sequence[float] = ALPHAS[:-1],
     n_rounds: int = 1, grey: float = 0.5, generator: torch.Generator | None = None, match: bool = False,
 ) -> tuple[float, list[float]]:
     """(α, errors): the α with the least root mean square error at a second hole, whose truth is known; all errors.
 
+    alphas: without 1, which leaves a hole as grey as it is.
     What x holds where not observed has no influence. Raises ValueError where no second hole can be made."""
     if not (observed.any(0) & ~observed.all(0)).any():  # no pixel is seen in one picture and hidden in another
         raise ValueError("no second hole can be made: give several pictures whose holes differ, or choose alpha yourself")
@@ -250,16 +271,17 @@ class GreyFlow(nn.Module):
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042
 class _ForPictures(DeepImputer):
-    """What an imputer that shrinks pictures in a flow's latent space checks, and how it treats pictures without marks."""
+    """What an imputer that shrinks pictures in a flow's latent space checks."""
 
     _takes = ("images",)
     _chunk = 512
 
     def fit(self, X: Any, y: Any = None) -> "_ForPictures":
-        """As `DeepImputer.fit`; also raises ValueError for another alpha or coupling, TypeError or ValueError for tables."""
-        number = isinstance(self.alpha, numbers.Real) and not isinstance(self.alpha, bool)
-        if not (self.alpha == "auto" if isinstance(self.alpha, str) else number and 0 < self.alpha <= 1):
-            raise ValueError(f"alpha={self.alpha!r}: it is 'auto', or a number above 0 and at most 1")
+        """As `DeepImputer.fit`; also raises ValueError for another alpha, match or coupling, TypeError or ValueError for tables."""
+        if not (isinstance(self.alpha, str) and self.alpha == "auto"):
+            _check_alpha(self.alpha)
+        if not isinstance(self.match, (bool, np.bool_)):
+            raise ValueError(f"match={self.match!r}: it is True or False")
         if self.coupling not in ("affine", "additive"):
             raise ValueError(f"coupling={self.coupling!r}: it is 'affine' or 'additive'")
         return super().fit(X, y)
@@ -270,14 +292,32 @@ class _ForPictures(DeepImputer):
                              "width); for a table take, say, EMFlowImputer or MIWAEImputer, for pictures add the missing axes")
         return super()._new_encoder(X)
 
-    def restore(self, X: Any, size: int | None = None, alpha: float | None = None) -> Any:
+# %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000042b
+class _Shrinks(_ForPictures):
+    """How such an imputer treats pictures, with marks and without."""
+
+    def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
+        def fill(net: GreyFlow, x: Tensor, o: Tensor) -> Tensor:
+            x, grey = net.middle(net.paint(x, o)), net.middle(net.hole)
+            return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
+
+        return self._run(fill, x, observed)
+
+    def restore(self, X: Any, size: Any = None, alpha: Any = None) -> Any:
         """X, complete pictures whose holes are grey and not marked, after Φ⁻¹(α Φ(x)): every pixel may change.
 
-        size: of the grey squares; each picture then goes to the largest α at which `find_squares` finds none, and one
-        without a square stays as it is. alpha: for all; None, that of the fit. In the units of X, as floats. Raises ValueError for
-        NaN, for a size that does not fit, and for alpha outside (0, 1]."""
+        size: of the grey squares; each picture then goes to the largest α at which `find_squares` finds none. One without a
+        square is only rounded to grey levels: a pixel moves by half a level at most. Or alpha: for all; None, that of the fit.
+        In the units of X, as floats. Raises ValueError for NaN, for a size that does not fit, for alpha that is no number in
+        (0, 1], and for both size and alpha."""
         check_is_fitted(self, "network_")
+        if size is not None and alpha is not None:
+            raise ValueError("give size, each picture's own α, or alpha, one for all, and not both")
+        if alpha is not None:
+            _check_alpha(alpha)
         x, observed = self._encode(X)
+        if size is not None:
+            _check_size(size, x.shape[2:])
         if not observed.all():
             raise ValueError("X has NaN: where holes are marked, use transform")
 
@@ -291,11 +331,12 @@ class _ForPictures(DeepImputer):
         return self._decode(made, np.full(x.shape, np.nan, dtype="float32"))
 
 # %% ../../nbs/03_flows/08_missing_glow.ipynb #mg000041
-class MissingGlowImputer(_ForPictures):
+class MissingGlowImputer(_Shrinks):
     """Missing Glow (under review, 2021): Glow learns pictures whose holes are grey; Φ⁻¹(α Φ(x)) completes them. Images.
 
     alpha: in (0, 1], or "auto": the one that errs least at a second hole in up to 256 training pictures, 0.6 where no
-    second hole can be made (no hole, one picture). n_rounds, match: see `complete`; 1 and False are the paper's. grey: of the holes,
+    second hole can be made (no hole, one picture); never 1, which changes nothing. n_rounds, match: see `complete`; 1 and
+    False are the paper's. alpha, grey, n_bits and coupling act at fit: `set_params` changes them only for the next one. grey: of the holes,
     in [0, 1] between the smallest and the largest observed value; far from what whole areas show. n_levels: None for as
     many as fit, at most 3. n_bits: 2^n_bits grey levels. The map is deterministic, draws would be alike: there is no `sample`. Raises
     ValueError for sides that cannot be halved, and for tables."""
@@ -324,13 +365,6 @@ class MissingGlowImputer(_ForPictures):
         alpha, few, seen = self.alpha, network.middle(levels[:256]), observed[:256]
         if alpha == "auto":
             able = bool((seen.any(0) & ~seen.all(0)).any())
-            alpha = choose_alpha(network.flow, few, seen, ALPHAS, self.n_rounds, network.middle(network.hole),
+            alpha = choose_alpha(network.flow, few, seen, ALPHAS[:-1], self.n_rounds, network.middle(network.hole),
                                  run.order, self.match)[0] if able else 0.6
         network.alpha.fill_(float(alpha))
-
-    def _complete(self, x: Tensor, observed: Tensor) -> Tensor:
-        def fill(net: GreyFlow, x: Tensor, o: Tensor) -> Tensor:
-            x, grey = net.middle(net.paint(x, o)), net.middle(net.hole)
-            return complete(net.flow, x, o, float(net.alpha), self.n_rounds, grey, self.match)
-
-        return self._run(fill, x, observed)
