@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import missingbook
 from missingbook.practice.cli import app
 
 DATA = Path(os.environ.get("MISSINGBOOK_DATA", "")) / "uci"
@@ -691,3 +692,13 @@ def test_help_is_quick(root):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_methods_lists_every_imputer(tmp_path):
+    "Mutation: a class without an entry. What a file cannot hold, `impute` refuses by name."
+    listed = command("methods").output
+    names = {name for name in missingbook.__all__ if name.endswith("Imputer")} - {"DeepImputer"}  # of all, the base
+    assert len(names) > 15 and {name for name in names if name not in listed} == set()
+    (tmp_path / "in.csv").write_text(MIXED)
+    result = command("impute", tmp_path / "in.csv", "-o", tmp_path / "out.csv", "--method", "misgan")
+    assert result.exit_code != 0 and "takes pictures" in result.output and "MisGANImputer" in result.output
