@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -96,3 +97,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(300))
+
+
+def with_holes(x, rate=0.3, number=0):
+    """x, an array, with NaN in a random share of its cells."""
+    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)

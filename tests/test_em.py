@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import copy_of, seed
+from conftest import copy_of, seed, with_holes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import multivariate_normal
@@ -57,10 +57,6 @@ def table(n=300, p=8, noise=0.4, number=0):
     """Numbers of which three hidden causes explain most."""
     rng = np.random.default_rng(number)
     return rng.normal(size=(n, 3)) @ rng.normal(size=(3, p)) + noise * rng.normal(size=(n, p))
-
-
-def with_holes(x, rate=0.3, number=0):
-    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)
 
 
 def fitted(z, observed, prior=None, epochs=100, tolerance=1e-3, module=em):

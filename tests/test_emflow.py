@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Interruptible, copy_of, refuses, seed
+from conftest import Interruptible, copy_of, refuses, seed, with_holes
 from sklearn.datasets import load_digits, load_iris
 
 from missingbook.flows import emflow
@@ -50,10 +50,6 @@ def table(n=300, p=8, noise=0.4, number=0):
     """Numbers of which three hidden causes explain most."""
     rng = np.random.default_rng(number)
     return rng.normal(size=(n, 3)) @ rng.normal(size=(3, p)) + noise * rng.normal(size=(n, p))
-
-
-def with_holes(x, rate=0.3, number=0):
-    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)
 
 
 def rows_of(n=230, p=5, rate=0.3, mechanism="mcar", number=0):

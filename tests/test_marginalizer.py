@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Interruptible, copy_of, mutant_fails, refuses, seed
+from conftest import Interruptible, copy_of, mutant_fails, refuses, seed, with_holes
 from sklearn.datasets import load_digits, load_iris
 from torch import nn
 
@@ -53,10 +53,6 @@ def table(n=300, p=6, number=0):
     """Numbers of which three hidden causes explain most."""
     rng = np.random.default_rng(number)
     return rng.normal(size=(n, 3)) @ rng.normal(size=(3, p)) + 0.4 * rng.normal(size=(n, p))
-
-
-def with_holes(x, rate=0.3, number=0):
-    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)
 
 
 def flowers(rate=0.3):

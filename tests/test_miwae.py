@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Interruptible, mutant_fails, refuses, seed
+from conftest import Interruptible, mutant_fails, refuses, seed, with_holes
 from scipy import stats
 from sklearn.datasets import load_digits, load_iris
 from torch.distributions import MultivariateNormal
@@ -40,10 +40,6 @@ def table(n=200, p=5, number=0):
     """Numbers of which two hidden causes explain most."""
     rng = np.random.default_rng(number)
     return rng.normal(size=(n, 2)) @ rng.normal(size=(2, p)) + 0.4 * rng.normal(size=(n, p))
-
-
-def with_holes(x, rate=0.3, number=0):
-    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)
 
 
 def flowers(rate=0.3):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Interruptible, copy_of, mutant_fails, refuses, seed
+from conftest import Interruptible, copy_of, mutant_fails, refuses, seed, with_holes
 from scipy.special import log_expit, log_softmax
 from scipy.stats import gamma, multivariate_normal, norm
 from sklearn.datasets import load_digits, load_iris
@@ -48,10 +48,6 @@ def table(n=200, p=4, number=0):
     """Numbers of which two hidden causes explain most."""
     rng = np.random.default_rng(number)
     return rng.normal(size=(n, 2)) @ rng.normal(size=(2, p)) + 0.4 * rng.normal(size=(n, p))
-
-
-def with_holes(x, rate=0.3, number=0):
-    return np.where(np.random.default_rng(number).random(x.shape) < rate, np.nan, x)
 
 
 def flowers(rate=0.3):
