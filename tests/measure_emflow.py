@@ -264,12 +264,11 @@ def main() -> None:
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--options", default="{}", help="of EMFlowImputer, as JSON (images)")
-    parser.add_argument("--commit", help="for a copy without git")
     asked = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
     name = {"curves": f"curves-{asked.data}-{asked.mechanism}", "images": f"images-{asked.data}-{asked.rate:g}"}
     path = OUT / f"{name.get(asked.part, asked.part)}.json"
-    about = {"commit": asked.commit or commit(), "versions": {"torch": version("torch")}}
+    about = {"commit": commit(), "versions": {"torch": version("torch")}}
 
     def note(record: dict) -> None:
         write_facts(path, about | record)

@@ -1,6 +1,7 @@
 """Measure MisGAN and write results/misgan/NAME.json (and pictures, NAME.npz); run by hand, no test.
 
     python tests/measure_misgan.py images --kind square --rate 0.8 --epochs 400  the MNIST sample, 4,000 digits
+    … images --data mnist --device cuda                                          all 60,000, on a GPU
     python tests/measure_misgan.py rivals               mean, neighbours and SVD on the same holes
     python tests/measure_misgan.py speed --public PATH  beside the authors' code, its folder src-torch1.6
 
@@ -24,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure_simple_rivals import ROOT, commit, write_facts
+from measure_simple_rivals import ROOT, commit, device_name, write_facts
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from missingbook.foundations.classics import MeanImputer, NeighboursImputer, SoftSVDImputer
 from missingbook.foundations.data import load
 from missingbook.foundations.masks import independent_dropout, square_observed
-from missingbook.foundations.metrics import fid, rmse
+from missingbook.foundations.metrics import feature_network, fid, rmse
 from missingbook.foundations.training import TrainingRun, seeded
 from missingbook.gans.misgan import (
     ConvCritic,
@@ -56,9 +57,10 @@ RIVALS = {
 FIT_ROWS = {"softsvd": 1000}  # its singular value decompositions grow with the rows; all are filled
 
 
-def data(kind: str, rate: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(x, observed): the 4,000 digits of the sample's training part, and their holes."""
-    x = load("mnist-sample").x[:4000].float() / 255
+def data(kind: str, rate: float, seed: int = 0, name: str = "mnist-sample") -> tuple[Tensor, Tensor]:
+    """(x, observed): the 4,000 digits of the sample's training part, or MNIST's 60,000, and their holes."""
+    digits = load(name).x[:4000] if name == "mnist-sample" else load(name, split="train").x
+    x = digits.view(-1, 1, 28, 28).float() / 255
     source, shape = torch.Generator().manual_seed(seed), (len(x), 28, 28)
     observed = (
         square_observed(shape, SIDES[rate], source) if kind == "square" else independent_dropout(shape, rate, source)
@@ -68,8 +70,7 @@ def data(kind: str, rate: float, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def about(**facts) -> dict:
     """What every file says of its run."""
-    return facts | {
-        "device": "cpu",
+    return {"device": "cpu"} | facts | {
         "threads": torch.get_num_threads(),
         "commit": BEGUN_AT,
         "versions": {p: version(p) for p in ("torch", "numpy", "scikit-learn")},
@@ -79,30 +80,31 @@ def about(**facts) -> dict:
 @torch.no_grad()
 def scores(model: MisGAN, x: Tensor, observed: Tensor, kind: str, rate: float) -> tuple[dict, dict]:
     """FIDs of as many draws as rows and of one completion a row, RMSE, what 1,000 masks look like; and pictures."""
-    source = torch.Generator().manual_seed(1)
+    source, lenet = torch.Generator().manual_seed(1), feature_network(device=x.device)
     made, masks = draw(model.data_generator, len(x), source), draw(model.mask_generator, 1000, source)
-    filled = [imputed(model.imputer, x, observed, torch.rand(x.shape, generator=source)) for _ in range(3)]
+    filled = [imputed(model.imputer, x, observed, torch.rand(x.shape, generator=source).to(x.device)) for _ in range(3)]
     cut = masks > 0.5
     found = {
-        "fid_generated": fid(x, made),
-        "fid_imputed": fid(x, filled[0]),
+        "fid_generated": fid(x, made, lenet),
+        "fid_imputed": fid(x, filled[0], lenet),
         "rmse": rmse(x, filled[0], ~observed),
         "mask_rate": 1 - cut.float().mean().item(),
         "mask_undecided": ((masks > 0.1) & (masks < 0.9)).float().mean().item(),
         "marginal_error": (cut.float().mean(0) - observed.float().mean(0)).abs().mean().item(),
     }
     if kind == "square":
-        found["squares"] = float((square_overlap(cut[:, 0], SIDES[rate]) >= 0.8).mean())
+        found["squares"] = float((square_overlap(cut[:, 0].cpu(), SIDES[rate]) >= 0.8).mean())
     kept = {"generated": made[:24], "masks": masks[:24], "truth": x[:8], "draws": torch.stack(filled)[:, :8]}
-    pictures = {name: (t * 255).round().byte().numpy() for name, t in kept.items()} | {"observed": observed[:8].numpy()}
+    pictures = {name: (t * 255).round().byte().cpu().numpy() for name, t in kept.items()}
+    pictures |= {"observed": observed[:8].cpu().numpy()}
     return {name: round(value, 5) for name, value in found.items()}, pictures
 
 
 def measure_images(args: argparse.Namespace) -> None:
     """Train, score on the way, write after each score: a run that is cut off leaves what it had."""
-    x, observed = data(args.kind, args.rate, args.seed)
-    name = f"mnist-sample-{args.kind}-{args.rate}-{args.seed}" + (f"-{args.tag}" if args.tag else "")
-    run, begun, curve = TrainingRun(args.seed, "cpu", args.precision), time.perf_counter(), []
+    x, observed = data(args.kind, args.rate, args.seed, args.data)
+    name = f"{args.data}-{args.kind}-{args.rate}-{args.seed}" + (f"-{args.tag}" if args.tag else "")
+    run, begun, curve = TrainingRun(args.seed, args.device, args.precision, verbose=False), time.perf_counter(), []
     with seeded(args.seed, run.device):
         model = dense_misgan((1, 28, 28), stretch=args.stretch)
         if args.channels:
@@ -111,7 +113,8 @@ def measure_images(args: argparse.Namespace) -> None:
             if args.unet:
                 model.imputer = UNet((1, 28, 28), args.channels, 2)
                 model.imputer_critic = ConvCritic((1, 28, 28), args.channels)
-    settings = dict(batch_size=64, learning_rate=args.learning_rate, n_critic=args.n_critic, alpha=args.alpha, beta=0.1)
+    x, observed = run.place(x), run.place(observed)
+    settings = {n: getattr(args, n) for n in ("batch_size", "learning_rate", "n_critic", "alpha")} | {"beta": 0.1}
 
     def look(epoch: int, shown: MisGAN) -> None:
         if (epoch + 1) % args.every and epoch + 1 < args.epochs:
@@ -129,7 +132,8 @@ def measure_images(args: argparse.Namespace) -> None:
         write_facts(
             FOLDER / f"{name}.json",
             about(
-                what="MisGAN, fully connected, on 4,000 digits of MNIST with holes",
+                what=f"MisGAN on {len(x):,} digits of MNIST with holes",
+                device=device_name(args.device),
                 kind=args.kind,
                 rate=args.rate,
                 seed=args.seed,
@@ -336,6 +340,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=300)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data", choices=["mnist-sample", "mnist"], default="mnist-sample")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--n-critic", type=int, default=2)
     parser.add_argument("--stretch", type=float, default=0.0)

@@ -134,7 +134,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=16, help="epochs between two scores")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--commit", help="for a copy without git")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "prflow")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help=f"of {', '.join(SETTINGS)}")
     parser.add_argument("--pictures", action="store_true", help="write NAME.npz, too: twenty completed test images")
@@ -142,7 +141,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_float32_matmul_precision("high" if asked.tf32 else "highest")
     asked.out.mkdir(parents=True, exist_ok=True)
-    path, about = asked.out / f"{asked.name}.json", {"name": asked.name, "commit": asked.commit or commit()}
+    path, about = asked.out / f"{asked.name}.json", {"name": asked.name, "commit": commit()}
 
     def note(record: dict) -> None:
         write_facts(path, about | record)

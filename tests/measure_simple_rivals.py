@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from missingbook.foundations.classics import ExtraTreesImputer, LinearICEImputer, MeanImputer, NeighboursImputer
 from missingbook.foundations.data import load
@@ -72,13 +73,22 @@ def checks(x: np.ndarray, seeds: int) -> list[dict]:
 
 
 def commit() -> str | None:
-    """The git commit of this checkout, with "-dirty" where files differ from it; None where git does not know one."""
+    """The git commit of this checkout, with "-dirty" where files differ from it; None where git does not know one.
+
+    A copy without git is told by the variable MISSINGBOOK_COMMIT."""
+    if told := os.environ.get("MISSINGBOOK_COMMIT"):
+        return told
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         return asked.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def device_name(device: str | torch.device) -> str:
+    """"cpu", or what the GPU calls itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"
 
 
 def write_facts(path: Path, facts: dict) -> Path:

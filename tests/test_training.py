@@ -1204,3 +1204,20 @@ def test_gpu_recorded_steps_equal_ordinary_ones():
     ours, losses, step = stepped(TrainingRun(0, "cuda", verbose=False))
     assert step.graph is not None and torch.allclose(ours, hand, atol=1e-5)
     assert torch.allclose(losses, by_hand, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_gpu_recorded_steps_follow_a_schedule():
+    "Mutation: a learning rate that is recorded as a number stays what it was."
+    run = TrainingRun(0, "cuda", verbose=False)
+    x, y = (run.place(part) for part in halves())
+    network, weights = nn.Linear(32, 32).cuda(), []
+    optimizer = run.adam(network, 1e-2)
+    step = run.stepper(lambda x, y: {"loss": ((network(x) - y) ** 2).mean()}, optimizer)
+    for _ in run.epochs(1):
+        for rate in 5 * (1e-2,) + 2 * (0.0,) + (1e-3,):
+            optimizer.param_groups[0]["lr"] = rate
+            step(x, y)
+            weights.append(network.weight.detach().clone())
+    assert step.graph is not None and optimizer.param_groups[0]["lr"] == 1e-3
+    assert torch.equal(weights[4], weights[6]) and not torch.equal(weights[6], weights[7])

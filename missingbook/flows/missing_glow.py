@@ -47,9 +47,9 @@ def add_squares(
     _check_size(size, x.shape[2:])
     n, _, height, width = x.shape
     each = [grey_square((n, height, width), size, generator) for _ in range(n_squares)]
-    observed = torch.ones(n, height, width, dtype=torch.bool)
-    corners = torch.zeros(n, n_squares, 2, dtype=torch.int64)
-    for k, seen in enumerate(each):
+    observed = torch.ones(n, height, width, dtype=torch.bool, device=x.device)
+    corners = torch.zeros(n, n_squares, 2, dtype=torch.int64, device=x.device)
+    for k, seen in enumerate(seen.to(x.device) for seen in each):
         observed &= seen
         first = (~seen).flatten(1).int().argmax(1)  # of equal entries the first: the upper left corner
         corners[:, k] = torch.stack([first // width, first % width], 1)
@@ -101,7 +101,7 @@ def uncovered_pixels(corners: Int64[Tensor, "n k 2"], size: int) -> Int64[Tensor
     """How many pixels of each square no other square covers."""
     if not corners.numel():
         return corners.new_zeros(corners.shape[:2])
-    line = torch.arange(int(corners.max()) + size)
+    line = torch.arange(int(corners.max()) + size, device=corners.device)
     inside = (line >= corners[..., None]) & (line < corners[..., None] + size)  # rows, columns of each square
     squares = inside[:, :, 0, :, None] & inside[:, :, 1, None, :]
     return (squares & (squares.sum(1, keepdim=True) == 1)).sum((2, 3))
@@ -240,7 +240,7 @@ def shrink_until_clean(
     """Each picture at the largest α at which no square is found, or at the smallest α: (pictures, α of each).
 
     It needs to know what a hole looks like and not where it is. A picture without a square stays as it is."""
-    result, chosen = x.clone(), torch.ones(len(x))
+    result, chosen = x.clone(), torch.ones(len(x), device=x.device)
     dirty = count_squares(x, size, **detector) > 0
     for alpha in sorted(alphas, reverse=True):
         if not dirty.any():

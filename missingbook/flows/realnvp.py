@@ -63,19 +63,16 @@ def train_flow(
     if not len(x) or (x_judge is not None and not len(x_judge)):
         raise ValueError("x or x_judge has no rows; give 1 or more, or x_judge=None to train without a judge")
     flow.to(run.device)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=learning_rate, capturable=run.device.type == "cuda")
     run.keep(flow=flow, optimizer=optimizer)
-    x = run.place(x)
+    step, x = run.stepper(lambda rows: {"loss": -flow.log_prob(rows).mean()}, optimizer, max_norm), run.place(x)
     if x_judge is not None:
         x_judge = x_judge if levels is None else dequantize(x_judge, levels, torch.Generator().manual_seed(run.seed))
     for _ in run.epochs(max_epochs):
         flow.train()
         noisy = x if levels is None else dequantize(x, levels, run.noise.generator)
         for (rows,) in run.batches(noisy, batch_size=batch_size):
-            with run.autocast():
-                loss = -flow.log_prob(rows).mean()
-            run.step(loss, optimizer, max_norm)
-            run.log(loss=loss)
+            run.log(**step(rows))
         flow.eval()
         if x_judge is not None:
             score = -in_chunks(lambda rows: flow.log_prob(rows.to(run.device)), x_judge).mean()

@@ -671,7 +671,7 @@ class Stepper:
 
     def forget(self) -> None:
         """Drop the recording. Call it when the memory of weights or of the optimizer's state was replaced."""
-        self.graph, self.place, self.values, self.shapes, self.calls = None, (), {}, None, 0
+        self.graph, self.place, self.values, self.shapes, self.calls, self.rates = None, (), {}, None, 0, ()
 
     def __call__(self, *batch: Tensor) -> dict[str, Tensor]:
         shapes = [(t.shape, t.dtype) for t in batch]
@@ -710,7 +710,7 @@ class Stepper:
         weights = [w for group in self.optimizer.param_groups for w in group["params"]]
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        with self._rates_in_memory(), torch.cuda.graph(graph, stream=self.stream):
             with self.run.autocast():
                 self.values = self.values_of(*self.place)
             self.values["loss"].backward()
@@ -719,9 +719,25 @@ class Stepper:
             self.optimizer.step()
         self.graph = graph
 
+    @contextmanager
+    def _rates_in_memory(self) -> Iterator[None]:
+        """Learning rates as tensors: a number would be recorded as it is now, whatever a schedule makes of it later."""
+        groups = self.optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        self.rates = [torch.tensor(float(number), device=self.run.device) for number in numbers]
+        try:
+            for group, rate in zip(groups, self.rates, strict=True):
+                group["lr"] = rate
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+
     def _replay(self, *batch: Tensor) -> dict[str, Tensor]:
         for place, tensor in zip(self.place, batch, strict=True):
             place.copy_(tensor)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
         self.graph.replay()
         values = {name: value.detach().clone() for name, value in self.values.items()}  # the next replay overwrites them
         self.run.count_step(values["loss"])
