@@ -144,7 +144,7 @@ def train(network: VAEAC, args: argparse.Namespace, x: Tensor, judge: tuple[Tens
         for batch in run.batches(x, observed, batch_size=args.batch_size):
             optimizer.param_groups[0]["lr"] = rate(clock.done(), args.learning_rate)
             eps = run.noise.normal(len(batch[0]), network.latent)
-            weight = (torch.full((len(eps),), min(clock.done() / args.warm_up, 1.0)),) if warm else ()
+            weight = (torch.full_like(eps[:, 0], min(clock.done() / args.warm_up, 1.0)),) if warm else ()
             step(vary(batch[0], run.noise), batch[1], hide(batch[1], run.noise), eps, *weight)
             if clock.done() >= 1:
                 run.end()

@@ -100,11 +100,11 @@ def levels_of(x: Tensor) -> Tensor:
 
 
 class Watched(TrainingRun):
-    """A run whose learning rate falls along a cosine, and which looks at the flow after some epochs."""
+    """A run whose learning rate rises for `warm` epochs and falls along a cosine; it looks at the flow now and then."""
 
-    def __init__(self, *args, total: int, look, at: tuple[int, ...], **kwargs):
+    def __init__(self, *args, total: int, warm: int, look, at: tuple[int, ...], **kwargs):
         super().__init__(*args, **kwargs)
-        self.total, self.look, self.at, self.notes = total, look, at, []
+        self.total, self.warm, self.look, self.at, self.notes = total, warm, look, at, []
 
     def keep(self, **parts):
         super().keep(**parts)
@@ -114,7 +114,8 @@ class Watched(TrainingRun):
     def epochs(self, n):
         for epoch in super().epochs(n):
             for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-                group["lr"] = rate * max(0.02, 0.5 * (1 + math.cos(math.pi * epoch / self.total)))
+                begun = min(1.0, (epoch + 1) / (self.warm + 1))
+                group["lr"] = rate * begun * max(0.02, 0.5 * (1 + math.cos(math.pi * epoch / self.total)))
             yield epoch
             if epoch + 1 in self.at:
                 self.flow.eval()
@@ -198,7 +199,7 @@ def train(s: argparse.Namespace) -> None:
         return {"bits": bits(flow, painted[1][0]), "squares": means}
 
     marks = tuple(sorted({max(1, round(s.epochs * share)) for share in (0.1, 0.25, 0.5, 0.75)}))
-    run = Watched(s.seed, s.device, s.precision, verbose=False, total=s.epochs, look=look, at=marks)
+    run = Watched(s.seed, s.device, s.precision, verbose=False, total=s.epochs, warm=s.warm, look=look, at=marks)
     with seeded(s.seed, run.device):
         flow = build(s)
         train_flow(flow, levels_of(painted[0][0]), run, s.epochs, s.batch, s.rate, levels_of(painted[1][0]), LEVELS)
@@ -316,7 +317,7 @@ def arguments() -> argparse.Namespace:
     one.add_argument("--coupling", default="affine", choices=["affine", "additive"])
     one.add_argument("--data", default="olivetti", choices=["olivetti", "mnist", "photo", "celeba"])
     one.add_argument("--grey", type=float, default=1.0)
-    numbers = dict(side=16, size=5, epochs=16, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
+    numbers = dict(side=16, size=5, epochs=16, warm=0, batch=100, seed=0, levels=3, steps=8, hidden=48, draws=2000)
     for name, value in numbers.items():
         one.add_argument(f"--{name}", type=int, default=value)
     one.add_argument("--rate", type=float, default=1e-3)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..foundations.autoencoder import hide_more
 from missingbook.foundations.imputer import (
-    DeepImputer, ImageEncoder, Layout, cell_draw, cell_log_prob, cell_mean, layout_of,
+    DeepImputer, ImageEncoder, Layout, cell_draw, cell_log_prob, cell_mean, column_index, layout_of,
 )
 from ..foundations.training import Noise, TrainingRun
 from .vaeac import _PATTERNS, SkipLayer, _only, hide_cells, hide_pattern
@@ -89,7 +89,7 @@ class UniversalMarginalizer(nn.Module):
         if not self.layout.numbers:
             return raw, torch.ones((), device=raw.device)
         sigma = torch.ones_like(raw[:, :width])
-        sigma[:, list(self.layout.numbers)] = F.softplus(raw[:, width:]) + self.sigma_min
+        sigma[:, column_index(self.layout.numbers, raw.device)] = F.softplus(raw[:, width:]) + self.sigma_min
         return raw[:, :width], sigma
 
 # %% ../../nbs/05_vaes/05_marginalizer.ipynb #um000016
