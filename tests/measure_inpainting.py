@@ -235,8 +235,8 @@ KINDS = {"center": lambda shape, noise: centre_hidden(shape, noise.device),
 
 def all_kinds(observed: Tensor, noise: Noise) -> Tensor:
     """What is shown of each face: a fifth of the rows for each kind of mask, the batch being in random order."""
-    cut = torch.arange(len(observed)).chunk(len(KINDS))
-    seen = torch.cat([kind((len(rows), *FACE[1:]), noise) for kind, rows in zip(KINDS.values(), cut, strict=True)])
+    sizes = [len(part) for part in np.array_split(np.arange(len(observed)), len(KINDS))]
+    seen = torch.cat([kind((n, *FACE[1:]), noise) for kind, n in zip(KINDS.values(), sizes, strict=True) if n])
     return seen[:, None].expand(-1, 3, -1, -1).flatten(1)
 
 
