@@ -213,11 +213,16 @@ def equal(a, b):
 
 
 def close(a, b):
-    """Equal up to float32: categories exactly."""
+    """Equal up to float32, on a GPU up to its convolutions, which multiply in fewer digits (TF32): categories exactly."""
+    if isinstance(a, list):
+        for one, other in zip(a, b, strict=True):
+            close(one, other)
+        return
+    tolerance = dict(rtol=2e-3, atol=2e-3) if torch.cuda.is_available() else dict(rtol=1e-4, atol=1e-4)
     if isinstance(a, pd.DataFrame):
-        pd.testing.assert_frame_equal(a, b, rtol=1e-4, atol=1e-4)
+        pd.testing.assert_frame_equal(a, b, **tolerance)
     else:
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(a, b, **tolerance)
 
 
 # --- the promises ----------------------------------------------------------------------------------------------------
@@ -384,8 +389,12 @@ def test_save_and_load(kind, make, tmp_path):
     imputer.save(tmp_path / "model")
     for loaded in (DeepImputer.load(tmp_path / "model"), type(imputer).load(tmp_path / "model", device="cpu"),
                    pickle.loads(pickle.dumps(imputer))):
-        assert equal(loaded.transform(X), imputer.transform(X))
-        assert equal(drawn_by(loaded, X, 2), drawn_by(imputer, X, 2))
+        if loaded.device == imputer.device or not torch.cuda.is_available():
+            assert equal(loaded.transform(X), imputer.transform(X))
+            assert equal(drawn_by(loaded, X, 2), drawn_by(imputer, X, 2))
+        else:
+            close(loaded.transform(X), imputer.transform(X))
+            close(drawn_by(loaded, X, 2), drawn_by(imputer, X, 2))
         assert loaded.n_features_in_ == imputer.n_features_in_
         names = "feature_names_in_"
         assert kind == "images" or np.array_equal(getattr(loaded, names), getattr(imputer, names))

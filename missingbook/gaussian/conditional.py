@@ -383,7 +383,10 @@ class _Moments(_Direct):
             log_det[part.part] = part.log_det
             weighted = part.inverse * patterns.count[part.part, None, None].to(d.dtype)
             place = part.index[:, :, None] * (p + 1) + part.index[:, None, :]
-            spread.index_add_(0, place.flatten(), weighted.flatten())
+            if spread.is_cuda:  # in a fixed order, which index_add_ has on a CPU alone
+                spread.index_put_((place.flatten(),), weighted.flatten(), accumulate=True)
+            else:
+                spread.index_add_(0, place.flatten(), weighted.flatten())
         d = d + x[:, :-1]
         square, log_det = torch.linalg.vecdot(d, pull) * size[:, 0].square(), self.log_det + log_det[patterns.of_row]
         filled = torch.where(observed, z, (self.mean + d * size).to(z.dtype))
