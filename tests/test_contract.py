@@ -213,7 +213,7 @@ def equal(a, b):
 
 
 def close(a, b):
-    """Equal up to float32, on a GPU up to its convolutions, which multiply in fewer digits (TF32): categories exactly."""
+    """Equal up to float32, on a GPU up to TF32, in which it multiplies convolutions: categories exactly."""
     if isinstance(a, list):
         for one, other in zip(a, b, strict=True):
             close(one, other)
