@@ -5,6 +5,7 @@ A mutation is a copy of the module, without the hook that checks shapes, with pi
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -496,3 +497,13 @@ def test_ordinary_use_warns_of_nothing(recwarn):
     kept = copy_of(marginalizer, ("run.stopping.patience if n_judge else None", "run.stopping.patience"))
     kept.MarginalizerImputer(**SMALL, validation_fraction=0.0).fit(with_holes(table(60, 3)))
     assert any("patience" in str(w.message) for w in recwarn)
+
+
+def test_a_fit_that_learned_nothing_warns():
+    "Mutation: without the comparison a learning rate of 10 fills in nonsense and says nothing."
+    holes = table()
+    with pytest.warns(RuntimeWarning, match="do not trust this fit"):
+        MarginalizerImputer(**SMALL | {"max_epochs": 10}, learning_rate=10).fit(holes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MarginalizerImputer(**SMALL | {"max_epochs": 150}).fit(holes)
