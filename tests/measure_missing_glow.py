@@ -7,7 +7,8 @@ r"""Measure the Missing Glow phenomenon and write results/missing_glow/NAME.json
     python tests/measure_missing_glow.py detector
     python tests/measure_missing_glow.py matched affine-5-0 … --weights FOLDER     after `train … --keep FOLDER/NAME.pt`
     python tests/measure_missing_glow.py train celeba-16-0 --data celeba --grey 0.5 --side 64 --size 16 --levels 4 \
-        --steps 32 --hidden 512 --draws 500 --device cuda     the paper's architecture and pictures, 2,000 of them
+        --steps 32 --hidden 512 --batch 32 --epochs 30 --warm 8 --rate 6e-5 --draws 500 --tolerance 0.12 \
+        --device cuda     the paper's architecture and pictures, 2,000 of them
 
 Olivetti's 400 faces, ten crops of 56 × 56 of each, half of them mirrored, averaged to side × side pixels, in 5 bits,
 with one square each. The squares are white: mid-grey is skin in a grey picture. Persons 1 to 32 are for training, 33 to

@@ -499,11 +499,28 @@ def test_ordinary_use_warns_of_nothing(recwarn):
     assert any("patience" in str(w.message) for w in recwarn)
 
 
-def test_a_fit_that_learned_nothing_warns():
+def untied(n=300):
+    """Columns that know nothing of one another: two numbers, a boolean, a category."""
+    rng = np.random.default_rng(3)
+    letters = pd.Categorical(rng.choice(list("xyz"), n, p=[0.5, 0.3, 0.2]))
+    columns = {"a": rng.normal(size=n), "b": rng.exponential(size=n), "c": rng.random(n) < 0.3, "d": letters}
+    return pd.DataFrame(columns).mask(rng.random((n, 4)) < 0.2)
+
+
+@pytest.mark.parametrize("holes", [table(), untied(), flowers()], ids=["numbers", "untied", "mixed"])
+def test_a_fit_that_learned_nothing_warns(holes):
     "Mutation: without the comparison a learning rate of 10 fills in nonsense and says nothing."
-    holes = table()
     with pytest.warns(RuntimeWarning, match="do not trust this fit"):
         MarginalizerImputer(**SMALL | {"max_epochs": 10}, learning_rate=10).fit(holes)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         MarginalizerImputer(**SMALL | {"max_epochs": 150}).fit(holes)
+
+
+def test_pictures_that_teach_nothing_warn():
+    x = np.where(np.random.default_rng(0).random((200, 1, 8, 8)) < 0.3, np.nan, load_digits().images[:200, None])
+    with pytest.warns(RuntimeWarning, match="do not trust this fit"):
+        MarginalizerImputer(**SMALL).fit(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MarginalizerImputer(**SMALL | {"max_epochs": 300, "hidden": 64}).fit(x)

@@ -17,7 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +152,7 @@ def layout_of(blocks: Sequence[Block]) -> Layout:
                   tuple((b.start, b.stop) for b in blocks if b.one_hot))
 
 # %% ../../nbs/01_foundations/07_imputer.ipynb #da2c025b
-@lru_cache(maxsize=64)
+@cache  # a recording knows its place in memory: nothing may be dropped
 def column_index(columns: tuple[int, ...], device: torch.device) -> slice | Tensor:
     """What picks these encoded columns: a slice where they are neighbours, else their numbers, on the device.
 
