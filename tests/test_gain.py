@@ -76,8 +76,8 @@ def check_reconstruction(module):
     x = torch.tensor([[0.2, 1.0, 0.0, 1.0, 1.0, 0.0]])
     means = module.unit_mean(logits, MIXED)
     assert torch.allclose(means, torch.tensor([[0.5, 0.75, 0.75, 0.25, 0.5, 0.5]]))
-    first = module.first_columns(MIXED)
-    assert first.tolist() == [0, 1, 2, 4]
+    first = list(MIXED.first)
+    assert first == [0, 1, 2, 4]
     surprise = -np.log([0.75, 0.25, 0.5])
     squares = np.array([0.25**2, 2 * 0.75**2, 2 * 0.5**2])
     plain = module.cell_errors(logits, x, MIXED, "gain")[0, first].tolist()

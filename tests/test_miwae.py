@@ -326,22 +326,48 @@ def test_a_diverged_training_is_reported():
         )
 
 
-def check_independent_score(module):
-    """−log p of columns without ties, cell by cell, from what is observed alone."""
+def check_untied(module):
+    """log p of columns without ties, cell by cell, as the observed cells of other rows tell it."""
+    layout = module.Layout(*vars(MIXED).values())
     x, observed = torch.zeros(4, 6), torch.ones(4, 6, dtype=torch.bool)
-    x[:, 0] = torch.tensor([1.0, -1.0, 2.0, 0.0])
+    x[:, 0] = torch.tensor([1.0, 3.0, 2.0, 50.0])
     x[:, 1] = torch.tensor([1.0, 0.0, 0.0, 9.0])
     observed[3, :2] = False  # what stands there does not count
     x[:, 2], x[:2, 4], x[2:, 5] = 1.0, 1.0, 1.0
-    number = 6 / 4 / 2 + 0.75 * 0.5 * math.log(2 * math.pi)
-    flag = -0.75 * (math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
-    assert module.independent_score(x, observed, MIXED) == pytest.approx(number + flag + math.log(2), abs=1e-6)
+    rows, asked = x[:1] + torch.tensor([1.5, 0, 0, 0, 0, 0]), torch.ones(1, 6, dtype=torch.bool)
+    number = stats.norm.logpdf(2.5, 2, math.sqrt(2 / 3))
+    parts = [number, math.log(2 / 5), math.log(5 / 6), math.log(3 / 6)]  # each value is counted once more
+    assert module.untied_log_prob(x, observed, rows, asked, layout).item() == pytest.approx(sum(parts), abs=1e-5)
+    asked[:, 0] = asked[:, 4:] = False
+    assert module.untied_log_prob(x, observed, rows, asked, layout).item() == pytest.approx(sum(parts[1:3]), abs=1e-5)
+    flat = module.untied_log_prob(0 * x, observed, 0 * rows, ~asked, layout)
+    assert flat.isfinite() and flat > number  # a column that never varies has a spread all the same
 
 
-def test_independent_score():
-    check_independent_score(miwae)
-    mutant_fails(miwae, check_independent_score, ("share = cells / rate[block[0]].clamp(min=1e-12)", "share = cells"))
-    mutant_fails(miwae, check_independent_score, ("rate[n] * math.log", "math.log"))
+def test_untied_columns():
+    check_untied(imputer_module)
+    mutant_fails(imputer_module, check_untied, ("x_learn - mean, 0.0).square()", "x_learn, 0.0).square()"))
+    mutant_fails(imputer_module, check_untied, ("n = torch.where(observed_learn, x_learn, 0.0)", "n = x_learn"))
+    mutant_fails(imputer_module, check_untied, ("torch.where(target, log_p, 0.0).sum(1)", "log_p.sum(1)"))
+    mutant_fails(imputer_module, check_untied, ("sqrt().clamp(min=0.1)", "sqrt()"))
+
+
+def check_majority(module):
+    "Few rows may say no by chance; NaN says no."
+    best = torch.zeros(100)
+    for worse, complaints in ((64, 0), (66, 1), (100, 1), (0, 0)):
+        for value in (-1.0, math.nan):
+            ours = torch.where(torch.arange(100) < worse, value, 1.0)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                module.warn_of_nothing_learned(ours, best, 1e-3)
+            assert len(said) == complaints
+
+
+def test_a_majority_warns():
+    check_majority(imputer_module)
+    mutant_fails(imputer_module, check_majority, ("1 - (ours >= untied)", "(ours < untied)"))
+    mutant_fails(imputer_module, check_majority, ("worse > 0.5 + 1.5", "worse > 0.5 + 1.2"))
 
 
 def check_ruin(module):
@@ -355,7 +381,7 @@ def check_ruin(module):
 
 
 def test_a_ruined_fit_is_reported():
-    mutant_fails(miwae, check_ruin, ('run.history["validation"].min() > ', 'run.history["validation"].min() < '))
+    mutant_fails(miwae, check_ruin, ("warn_of_nothing_learned(ours, untied", "warn_of_nothing_learned(untied, ours"))
 
 
 # --- the estimator ---------------------------------------------------------------------------------------------------

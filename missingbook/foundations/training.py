@@ -653,8 +653,51 @@ class _Steps(_Epochs):
         """The sum of `value` over the processes; `value` itself where there is one."""
         return reduce(value, reduction="sum") if self.count > 1 else value
 
+# %% ../../nbs/01_foundations/08_training.ipynb #57e9e004
+class _Recording:
+    """A step that was recorded on a GPU: how it is made, and replayed."""
+
+    def _record(self, *batch: Tensor) -> None:
+        """Nothing is computed here: the operations are written down, with the memory they will use."""
+        self.place = [t.clone() for t in batch]
+        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with self._rates_in_memory(), torch.cuda.graph(graph, stream=self.stream):
+            with self.run.autocast():
+                self.values = self.values_of(*self.place)
+            self.values["loss"].backward()
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(weights, self.max_norm)
+            self.optimizer.step()
+        self.graph = graph
+
+    @contextmanager
+    def _rates_in_memory(self) -> Iterator[None]:
+        """Learning rates as tensors: a number would be recorded as it is now, whatever a schedule makes of it later."""
+        groups = self.optimizer.param_groups
+        numbers = [group["lr"] for group in groups]
+        self.rates = [torch.tensor(float(number), device=self.run.device) for number in numbers]
+        try:
+            for group, rate in zip(groups, self.rates, strict=True):
+                group["lr"] = rate
+            yield
+        finally:
+            for group, number in zip(groups, numbers, strict=True):
+                group["lr"] = number
+
+    def _replay(self, *batch: Tensor) -> dict[str, Tensor]:
+        for place, tensor in zip(self.place, batch, strict=True):
+            place.copy_(tensor)
+        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
+            rate.fill_(group["lr"])
+        self.graph.replay()
+        values = {name: value.detach().clone() for name, value in self.values.items()}  # the next replay overwrites them
+        self.run.count_step(values["loss"])
+        return values
+
 # %% ../../nbs/01_foundations/08_training.ipynb #57e9e002
-class Stepper:
+class Stepper(_Recording):
     """Calls of this object are steps of `optimizer` down values_of(*batch)["loss"]; they return all values, detached.
 
     On one GPU the step is recorded after a few ordinary ones and replayed for batches of the first one's shape; others,
@@ -703,45 +746,6 @@ class Stepper:
                 values = self.values_of(*batch)
             self.run.step(values["loss"], self.optimizer, self.max_norm)
         return {name: value.detach() for name, value in values.items()}
-
-    def _record(self, *batch: Tensor) -> None:
-        """Nothing is computed here: the operations are written down, with the memory they will use."""
-        self.place = [t.clone() for t in batch]
-        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with self._rates_in_memory(), torch.cuda.graph(graph, stream=self.stream):
-            with self.run.autocast():
-                self.values = self.values_of(*self.place)
-            self.values["loss"].backward()
-            if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(weights, self.max_norm)
-            self.optimizer.step()
-        self.graph = graph
-
-    @contextmanager
-    def _rates_in_memory(self) -> Iterator[None]:
-        """Learning rates as tensors: a number would be recorded as it is now, whatever a schedule makes of it later."""
-        groups = self.optimizer.param_groups
-        numbers = [group["lr"] for group in groups]
-        self.rates = [torch.tensor(float(number), device=self.run.device) for number in numbers]
-        try:
-            for group, rate in zip(groups, self.rates, strict=True):
-                group["lr"] = rate
-            yield
-        finally:
-            for group, number in zip(groups, numbers, strict=True):
-                group["lr"] = number
-
-    def _replay(self, *batch: Tensor) -> dict[str, Tensor]:
-        for place, tensor in zip(self.place, batch, strict=True):
-            place.copy_(tensor)
-        for rate, group in zip(self.rates, self.optimizer.param_groups, strict=True):
-            rate.fill_(group["lr"])
-        self.graph.replay()
-        values = {name: value.detach().clone() for name, value in self.values.items()}  # the next replay overwrites them
-        self.run.count_step(values["loss"])
-        return values
 
 # %% ../../nbs/01_foundations/08_training.ipynb #871cb673
 class TrainingRun(_Steps):

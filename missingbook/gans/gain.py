@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['impute', 'draw_hints', 'hint', 'mean_over', 'discriminator_loss', 'generator_loss', 'unit_mean', 'mean_logits',
-           'cell_errors', 'first_columns', 'GAIN', 'Judge', 'train_gain', 'GAINImputer']
+           'cell_errors', 'GAIN', 'Judge', 'train_gain', 'GAINImputer']
 
 # %% ../../nbs/04_gans/02_gain.ipynb #ga000002
 """GAIN: a generator fills holes so that a discriminator with a hint cannot tell which cells were observed."""
@@ -15,10 +15,10 @@ import warnings
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..foundations.imputer import DeepImputer, ImageEncoder, Layout, layout_of
+from ..foundations.imputer import DeepImputer, ImageEncoder, Layout, column_index, layout_of
 from ..foundations.training import Noise, TrainingRun
 
 # %% ../../nbs/04_gans/02_gain.ipynb #ga000004
@@ -98,11 +98,6 @@ def cell_errors(
         result[:, start] = (w[0] * surprise + w[1] * squares[:, start:stop].sum(1)) / size
     return result
 
-# %% ../../nbs/04_gans/02_gain.ipynb #ga000011
-def first_columns(layout: Layout) -> Int64[Tensor, " columns"]:
-    """The encoded columns at which the table's columns begin: one for each, so that a one-hot block counts once."""
-    return torch.tensor([0, *(layout.owner().diff() > 0).nonzero()[:, 0] + 1] if layout.width else [], dtype=torch.int64)
-
 # %% ../../nbs/04_gans/02_gain.ipynb #ga000008
 def _perceptron(n_in: int, hidden: int, depth: int, n_out: int) -> nn.Sequential:
     """`depth` hidden layers with ReLUs; weights normal with variance 2 / n_in, biases 0, as in the public code."""
@@ -179,7 +174,7 @@ class Judge:
         self.unit, self.shown, self.aside = unit[rows], self.left[rows], aside[rows]
         self.means = mean_logits(unit, self.left, layout)
         self.z = noise.uniform(*self.unit.shape) if self.found else torch.zeros_like(self.unit)
-        self.first = first_columns(layout).to(unit.device)
+        self.first = column_index(layout.first, unit.device)
 
     def score(self, network: GAIN, loss: str) -> Float[Tensor, ""]:
         """The mean of L_M over the cells aside."""
@@ -211,7 +206,7 @@ def train_gain(
 
     An epoch is as many passes over the rows as make min_steps steps, one at least."""
     layout, unit = network.layout, network.to_unit(torch.where(observed, x, 0.0))
-    first = first_columns(layout).to(x.device)
+    first = column_index(layout.first, x.device)
     judge = Judge(unit, observed, layout, validation_fraction, run.noise)
     run.stopping.patience = run.stopping.patience if judge.found else None  # nobody judges: all epochs
     adam_g, adam_d = (run.adam(part, learning_rate) for part in (network.generator, network.discriminator))

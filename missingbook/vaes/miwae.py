@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['importance_log_weights', 'self_normalized_mean', 'resample', 'student_log_prob', 'student_draw', 'split_cells',
-           'cell_log_prob_t', 'cell_mean_t', 'cell_draw_t', 'MIWAE', 'independent_score', 'train_miwae', 'MIWAEImputer']
+           'cell_log_prob_t', 'cell_mean_t', 'cell_draw_t', 'MIWAE', 'train_miwae', 'MIWAEImputer']
 
 # %% ../../nbs/05_vaes/02_miwae.ipynb #mw000002
 """MIWAE: a latent-variable model fitted to what was observed alone, and importance weights that fill the holes."""
 
 # %% ../../nbs/05_vaes/02_miwae.ipynb #mw000003
 import math
-import warnings
 
 import numpy as np
 import torch
@@ -20,7 +19,9 @@ from jaxtyping import Bool, Float, Int64
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from ..foundations.imputer import Constants, DeepImputer, ImageEncoder, Layout, layout_of
+from missingbook.foundations.imputer import (
+    Constants, DeepImputer, ImageEncoder, Layout, layout_of, untied_log_prob, warn_of_nothing_learned,
+)
 from ..foundations.training import Noise, SharedNoise, TrainingRun, choose_device, in_chunks
 from missingbook.vaes.vae import (
     effective_sample_size, importance_weighted_bound, normal_log_prob, reparameterize, split_normal,
@@ -159,18 +160,6 @@ class MIWAE(nn.Module):
         log_p = torch.where(observed, cells, 0.0).sum(-1)
         return importance_log_weights(log_p, z, mean, sigma), z, place
 
-# %% ../../nbs/05_vaes/02_miwae.ipynb #mw000014
-def independent_score(x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], layout: Layout) -> float:
-    """−log p(x_obs), nats a row, of columns without ties: a standard normal a number, its own shares a category."""
-    n, rate = list(layout.numbers), observed.double().mean(0)
-    score = (torch.where(observed, x, 0.0)[:, n].double().square().mean(0) / 2 + rate[n] * math.log(2 * math.pi) / 2).sum()
-    for block in [(b, b + 1) for b in layout.booleans] + list(layout.categories):
-        cells = torch.where(observed, x, 0.0)[:, slice(*block)].double().mean(0)
-        share = cells / rate[block[0]].clamp(min=1e-12)
-        parts = torch.cat([share, 1 - share]) if len(share) == 1 else share
-        score = score - rate[block[0]] * torch.special.xlogy(parts, parts).sum()
-    return score.item()
-
 # %% ../../nbs/05_vaes/02_miwae.ipynb #mw000011
 def train_miwae(
     network: MIWAE, x: Float[Tensor, "n width"], observed: Bool[Tensor, "n width"], run: TrainingRun,
@@ -202,10 +191,11 @@ def train_miwae(
                 score = -importance_weighted_bound(network.weigh(x_judge, observed_judge, eps_judge)[0]).mean()
             run.log(validation=score)
             run.watch(score)
-    if n_judge >= 10 and run.history["validation"].min() > (alone := independent_score(x, observed, network.layout)):
-        warnings.warn(f"on rows set aside MIWAE scores {run.history['validation'].min():.3g} nats a row, columns that know "
-                      f"nothing of one another {alone:.3g} (less is better): try a learning_rate below {learning_rate:g}, "
-                      "more epochs or more rows, and do not trust this fit", RuntimeWarning, stacklevel=2)
+    if n_judge >= 10:
+        with torch.inference_mode():
+            ours = importance_weighted_bound(network.weigh(x_judge, observed_judge, eps_judge)[0])
+        untied = untied_log_prob(x_learn, observed_learn, x_judge, observed_judge, network.layout)
+        warn_of_nothing_learned(ours, untied, learning_rate)
 
 # %% ../../nbs/05_vaes/02_miwae.ipynb #mw000012
 class _Fitting(DeepImputer):
