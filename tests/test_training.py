@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import mutant_fails
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -1204,6 +1206,31 @@ def test_gpu_recorded_steps_equal_ordinary_ones():
     ours, losses, step = stepped(TrainingRun(0, "cuda", verbose=False))
     assert step.graph is not None and torch.allclose(ours, hand, atol=1e-5)
     assert torch.allclose(losses, by_hand, atol=1e-6)
+
+
+def check_rates(module):
+    """While a step is recorded its rate lies in memory; a replay reads what the schedule says by then."""
+    run, layer, read = module.TrainingRun(0, "cpu", verbose=False), nn.Linear(3, 3), []
+    optimizer = run.adam(layer, 1e-2)
+    step, group = run.stepper(lambda x: {"loss": layer(x).sum()}, optimizer), optimizer.param_groups[0]
+    with pytest.raises(KeyError), step._rates_in_memory():
+        raise KeyError  # the recording failed
+    assert group["lr"] == 1e-2 and not isinstance(group["lr"], torch.Tensor)
+    with step._rates_in_memory():
+        recorded = group["lr"]
+    assert torch.is_tensor(recorded) and group["lr"] == 1e-2 and not torch.is_tensor(group["lr"])
+    step.place, step.values = [torch.zeros(4, 3)], {"loss": torch.zeros(())}
+    step.graph = types.SimpleNamespace(replay=lambda: read.append((recorded.item(), step.place[0].mean().item())))
+    group["lr"] = 1e-3
+    step._replay(torch.ones(4, 3))
+    assert read == [(pytest.approx(1e-3), 1.0)]
+
+
+@pytest.mark.parametrize("edit", [
+    ('rate.fill_(group["lr"])', "pass"), ('group["lr"] = rate\n', "pass\n"), ('group["lr"] = number\n', "pass\n"),
+    ("place.copy_(tensor)", "pass")])
+def test_a_recording_reads_the_rate_of_the_schedule(edit):
+    mutant_fails(training, check_rates, edit)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
